@@ -1,0 +1,1 @@
+"""The training program: `rpg-fast train` and `rpg-fast evaluate`."""

@@ -1,0 +1,213 @@
+"""The commands `rpg-fast train` and `rpg-fast evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import DEFAULT_LR, TrainConfig, UserError
+from .data import DATASETS
+from .models import ARCHITECTURES
+
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `train` or `evaluate`. Returns 0, or 2 with one line on stderr where the input is no good."""
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("matplotlib", "sklearn", "tqdm"):
+            raise
+        print(
+            f"rpg-fast {arguments.name}: error: {error.name} is missing: pip install rpg_fast[train]", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"rpg-fast {arguments.name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rpg-fast", allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a sparse network, and a dense one to compare it with",
+        description="Trains a dense baseline and a sparse network of the same architecture. Without options: ResNet-20 "
+        "on scikit-learn's handwritten digits, 98 %% sparse.",
+        allow_abbrev=False,
+    )
+    train.set_defaults(command=_train, name="train")
+    for add_group in (_data_options, _network_options, _training_options, _sparsity_options, _rank_options):
+        add_group(train)
+    _machine_options(train)
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="folder of the run, which must not exist (default: runs/<data>-<arch>-<sparsity>, numbered where taken)",
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="test accuracy, sparsity and ranks of a checkpoint",
+        description="Prints test accuracy, sparsity and a table of ranks. The model, the data and the precision are "
+        "those of the training unless options say otherwise.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    evaluate.set_defaults(command=_evaluate, name="evaluate")
+    evaluate.add_argument("checkpoint", type=Path, help="a checkpoint.pt or dense.pt, or the folder of a run")
+    evaluate.add_argument("--data", choices=DATASETS, help="another data set, with the same classes and channels")
+    evaluate.add_argument("--image-size", type=int, metavar="PIXELS", help="another side of the images")
+    evaluate.add_argument("--batch-size", type=int, metavar="N")
+    evaluate.add_argument("--tail-energy", type=float, metavar="FRACTION", help="another tail energy for the ranks")
+    evaluate.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")
+    evaluate.add_argument("--threads", type=int, metavar="N")
+    return parser
+
+
+class _Group:
+    """Options whose names and defaults are those of `TrainConfig`."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str):
+        self.group = parser.add_argument_group(title)
+
+    def add(self, option: str, text: str, **kwargs: Any) -> None:
+        """One option; the help shows its default unless that is None, which the text then explains."""
+        default = DEFAULTS[option.lstrip("-").replace("-", "_")]
+        shown = "" if default is None else " (default: %(default)s)"
+        self.group.add_argument(option, default=default, help=text + shown, **kwargs)
+
+    def flag(self, option: str, text: str) -> None:
+        name = option.lstrip("-").replace("-", "_")
+        both = argparse.BooleanOptionalAction if DEFAULTS[name] else "store_true"
+        self.group.add_argument(option, default=DEFAULTS[name], help=text, action=both)
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "data")
+    group.add("--data", "digits: 1,797 handwritten digits; synthetic: made up, of any size", choices=DATASETS)
+    group.add("--image-size", "side of the images (digits 8, synthetic 32)", type=int, metavar="PIXELS")
+    group.add("--classes", "classes of the synthetic data", type=int, metavar="N")
+    group.add("--train-images", "training images of the synthetic data", type=int, metavar="N")
+    group.add("--test-images", "test images of the synthetic data", type=int, metavar="N")
+
+
+def _network_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "network")
+    group.add("--arch", ", ".join(ARCHITECTURES), choices=tuple(ARCHITECTURES), metavar="NAME")
+    group.add(
+        "--width", "channels of the first stage (16 for resnet20/32/56, 64 for the others)", type=int, metavar="N"
+    )
+    group.add(
+        "--stem",
+        "first layer: 7x7 with stride 2 and max-pooling, or 3x3 (small for images up to 64 pixels and resnet20/32/56)",
+        choices=("imagenet", "small"),
+    )
+    group.flag("--zero-init-residual", "start the last norm of each block at 0")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "training")
+    rates = ", ".join(f"{name} {lr}" for name, lr in DEFAULT_LR.items())
+    group.add("--epochs", "passes over the training images", type=int, metavar="N")
+    group.add("--batch-size", "images per optimizer step", type=int, metavar="N")
+    group.add("--accumulate", "split each batch into N micro-batches and add up their gradients", type=int, metavar="N")
+    group.add("--optimizer", "", choices=tuple(DEFAULT_LR))
+    group.add(
+        "--optimizer-impl",
+        "masked: rpg_fast's, which mask gradient, state and weight in one pass; torch: torch.optim's",
+        choices=("masked", "torch"),
+    )
+    group.add("--lr", f"learning rate after the warm-up ({rates}); then half a cosine, step by step", type=float)
+    group.add("--warmup-epochs", "linear warm-up (a tenth of the epochs, at most 5)", type=float, metavar="N")
+    group.add("--momentum", "of SGD", type=float)
+    group.flag("--nesterov", "Nesterov momentum in SGD")
+    group.add("--weight-decay", "of convolutions and linear weights; norms and biases have none", type=float)
+    group.add("--label-smoothing", "", type=float)
+    group.add("--clip-grad-norm", "clip the norm of the (masked) gradient (off)", type=float, metavar="NORM")
+
+
+def _sparsity_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "sparsity")
+    group.add("--sparsity", "fraction of zeros in all convolutions and linear layers at the end", type=float)
+    group.add("--distribution", "how it is shared among the layers: global_magnitude, erk or uniform", metavar="NAME")
+    group.add("--criterion", "what grows: rigl (largest gradient), set (random) ...", metavar="NAME")
+    group.add("--schedule", "how sparsity rises: exponential, polynomial or constant", metavar="NAME")
+    group.add(
+        "--update-every", "steps between updates of the masks (100, or a 50th of a short run)", type=int, metavar="N"
+    )
+    group.add("--prune-until", "fraction of the run after which the final sparsity holds", type=float)
+    group.add("--update-until", "fraction of the run after which the masks stay", type=float)
+    group.add("--drop-fraction", "of each layer's weights exchanged in the first update", type=float)
+    group.flag("--dense-baseline", "train the same network dense first")
+    group.add("--start", "weights that the sparse training begins with", choices=("random", "dense"))
+
+
+def _rank_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "rank loss")
+    group.add("--rank-weight", "weight of the rank loss; 0 turns it off", type=float)
+    group.add("--rank-every", "steps between its gradients, or update: on updates of the masks", type=_rank_every)
+    group.add("--tail-energy", "the share of the spectrum's energy beyond rank k", type=float, metavar="FRACTION")
+    group.add("--rank-method", "exact, power or auto", metavar="NAME")
+    group.add("--min-sparsity", "only layers at least this sparse take part", type=float)
+
+
+def _machine_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "machine")
+    group.add("--device", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    group.add("--autocast", "mixed precision (off)", choices=("bf16", "fp16"))
+    group.flag("--channels-last", "channels_last memory format")
+    group.add("--seed", "of weights, data order and masks", type=int)
+    group.add("--threads", "CPU threads (PyTorch's choice)", type=int, metavar="N")
+
+
+def _rank_every(text: str) -> int | str:
+    return text if text == "update" else int(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    values = vars(arguments)
+    config = TrainConfig(**{name: values[name] for name in DEFAULTS})
+
+    from .run import summary, train
+
+    result = train(config, values.get("out"))
+    print(summary(config, result))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    overrides = {name: value for name, value in vars(arguments).items() if name in DEFAULTS}
+    path = arguments.checkpoint
+
+    from .layers import layer_table
+    from .run import evaluate
+
+    config, accuracy, statistics = evaluate(path / "checkpoint.pt" if path.is_dir() else path, overrides=overrides)
+    print(f"{config.arch} on {config.data}, k at tail energy {config.tail_energy:g}\n")
+    print(layer_table(statistics))
+    print(f"\naccuracy   {accuracy:.2%}")
+    print(f"sparsity   {statistics.sparsity:.4%}: {statistics.zeros:,} of {statistics.size:,} weights are zero")
+    return 0

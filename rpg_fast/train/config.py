@@ -1,0 +1,157 @@
+"""Everything that defines a training run, checked before anything is built or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from .data import DATASETS
+from .models import ARCHITECTURES
+
+DEFAULT_LR = {"sgd": 0.1, "adamw": 2e-3}
+
+
+class UserError(Exception):
+    """Something that the user can put right; its text is shown as it is, without a traceback."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of `rpg-fast train` under the same names; every value can be written to JSON.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    # data
+    data: str = "digits"
+    image_size: int | None = None
+    classes: int = 10
+    train_images: int = 1024
+    test_images: int = 256
+    # network
+    arch: str = "resnet20"
+    width: int | None = None
+    stem: Literal["imagenet", "small"] | None = None
+    zero_init_residual: bool = False
+    # training
+    epochs: int = 40
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer_impl: Literal["masked", "torch"] = "masked"
+    lr: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    warmup_epochs: float | None = None
+    label_smoothing: float = 0.1
+    clip_grad_norm: float | None = None
+    # sparsity
+    sparsity: float = 0.98
+    distribution: str = "global_magnitude"
+    criterion: str = "rigl"
+    schedule: str = "exponential"
+    update_every: int | None = None
+    prune_until: float = 0.9
+    update_until: float | None = None
+    drop_fraction: float = 0.3
+    dense_baseline: bool = True
+    start: Literal["random", "dense"] = "random"
+    # rank loss
+    rank_weight: float = 0.1
+    rank_every: int | Literal["update"] = 1
+    tail_energy: float = 0.1
+    rank_method: str = "auto"
+    min_sparsity: float = 0.0
+    # machine
+    device: str = "auto"
+    autocast: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("--data", self.data, DATASETS)
+        _one_of("--arch", self.arch, ARCHITECTURES)
+        _one_of("--stem", self.stem, (None, "imagenet", "small"))
+        _one_of("--optimizer", self.optimizer, DEFAULT_LR)
+        _one_of("--optimizer-impl", self.optimizer_impl, ("masked", "torch"))
+        _one_of("--autocast", self.autocast, (None, "bf16", "fp16"))
+        _one_of("--start", self.start, ("random", "dense"))
+        for option in ("image_size", "width", "update_every", "threads"):
+            value = getattr(self, option)
+            _require(value is None or value >= 1, option, "at least 1", value)
+        for option in ("classes", "train_images", "test_images", "epochs", "batch_size", "accumulate"):
+            _require(getattr(self, option) >= 1, option, "at least 1", getattr(self, option))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _require(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number", value)
+        for option in ("momentum", "weight_decay", "rank_weight"):
+            _require(getattr(self, option) >= 0, option, "at least 0", getattr(self, option))
+        _require(
+            0 <= self.warmup < self.epochs, "warmup_epochs", f"at least 0 and below --epochs {self.epochs}", self.warmup
+        )
+        _require(self.lr is None or self.lr > 0, "lr", "above 0", self.lr)
+        _require(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0, "clip_grad_norm", "above 0", self.clip_grad_norm
+        )
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1", self.label_smoothing)
+        _require(0 <= self.sparsity < 1, "sparsity", "at least 0 and below 1", self.sparsity)
+        _require(0 < self.tail_energy < 1, "tail_energy", "between 0 and 1", self.tail_energy)
+        _require(
+            self.rank_every == "update" or (isinstance(self.rank_every, int) and self.rank_every >= 1),
+            "rank_every",
+            '"update" or at least 1',
+            self.rank_every,
+        )
+        if self.batch_size < self.accumulate:
+            raise UserError(
+                f"--accumulate {self.accumulate} splits a batch into that many parts, "
+                f"but --batch-size is only {self.batch_size}"
+            )
+        if self.start == "dense" and not self.dense_baseline:
+            raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def warmup(self) -> float:
+        """Epochs over which the learning rate rises: by default a tenth of the run, at most 5 (as published)."""
+        return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def name(self) -> str:
+        """A name for the run's folder."""
+        return f"{self.data}-{self.arch}-{self.sparsity * 100:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: `values` has unknown names or values out of their range.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _one_of(option: str, value: object, known: Any) -> None:
+    if value not in known:
+        names = ", ".join(str(name) for name in known if name is not None)
+        raise UserError(f"{option} {value!r} is unknown; known are {names}")
+
+
+def _require(holds: bool, option: str, wanted: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"--{option.replace('_', '-')} must be {wanted}, got {got}")
