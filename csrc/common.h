@@ -1,0 +1,123 @@
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace rpg_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+/// The name that Python prints, without "torch.".
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+/// What a check got, for its message: "float32 [64, 3, 7, 7] on cpu".
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << dtype_name(tensor.scalar_type()) << " [";
+  const auto sizes = tensor.sizes();
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
+  text << "] on ";
+  if (tensor.is_cpu()) {
+    text << "cpu";
+  } else if (tensor.is_cuda()) {
+    text << "cuda:" << tensor.get_device_index();
+  } else {
+    text << "another device";
+  }
+  return text.str();
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  if (left.size() != right.size()) return false;
+  for (size_t i = 0; i < left.size(); ++i) {
+    if (left[i] != right[i]) return false;
+  }
+  return true;
+}
+
+/// body(TypeTag<T>{}) with the C++ type of a floating dtype; `what` names the tensor in the message.
+template <class Body>
+auto dispatch_floating(ScalarType dtype, const char* what, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(TypeTag<float>{});
+    case ScalarType::Double:
+      return body(TypeTag<double>{});
+    case ScalarType::Half:
+      return body(TypeTag<Half>{});
+    case ScalarType::BFloat16:
+      return body(TypeTag<BFloat16>{});
+    default:
+      STD_TORCH_CHECK(false, what, " must be float32, float64, float16 or bfloat16, got ", dtype_name(dtype));
+  }
+}
+
+/// The value of a one-element floating tensor on the CPU.
+inline double scalar_value(const Tensor& scalar, const char* what) {
+  STD_TORCH_CHECK(scalar.is_cpu() && scalar.numel() == 1, what, " must hold one element on the CPU, got ",
+                  describe(scalar));
+  return dispatch_floating(scalar.scalar_type(), what, [&](auto tag) {
+    return static_cast<double>(*static_cast<const typename decltype(tag)::type*>(scalar.const_data_ptr()));
+  });
+}
+
+/// torch's current CUDA stream as a cudaStream_t. The symbol is looked up so that one library loads beside any torch.
+inline void* current_cuda_stream(int32_t device_index) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Getter>(symbol);
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device_index, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream on device ",
+                  device_index);
+  return stream;
+}
+
+}  // namespace rpg_fast
