@@ -105,6 +105,32 @@ inline double scalar_value(const Tensor& scalar, const char* what) {
   });
 }
 
+/// One buffer of packed bits: uint8 [nbytes], contiguous. Returns nbytes.
+inline int64_t check_bits(const char* op, const char* what, const Tensor& bits) {
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.is_contiguous(), op, ": ", what,
+                  " must be a contiguous uint8 [nbytes], got ", describe(bits));
+  return bits.numel();
+}
+
+/// Segment i, of `numel` bits from byte `offset` on, lies within the buffer.
+inline void check_segment(const char* op, size_t i, int64_t offset, int64_t numel, int64_t nbytes) {
+  STD_TORCH_CHECK(numel >= 0, op, ": numels[", i, "] must not be negative, got ", numel);
+  STD_TORCH_CHECK(offset >= 0 && offset <= nbytes && (numel + 7) / 8 <= nbytes - offset, op, ": segment ", i, " of ",
+                  numel, " bits at byte ", offset, " does not fit into ", nbytes, " bytes");
+}
+
+inline void check_length(const char* op, const char* what, size_t got, size_t wanted) {
+  STD_TORCH_CHECK(got == wanted, op, ": ", what, " must have ", wanted, " entries, got ", got);
+}
+
+/// The arguments of an op that reads segments: every one has its offset and lies within `bits`.
+inline void check_segments(const char* op, const Tensor& bits, const std::vector<int64_t>& offsets,
+                           const std::vector<int64_t>& numels) {
+  const int64_t nbytes = check_bits(op, "bits", bits);
+  check_length(op, "offsets", offsets.size(), numels.size());
+  for (size_t i = 0; i < offsets.size(); ++i) check_segment(op, i, offsets[i], numels[i], nbytes);
+}
+
 /// torch's current CUDA stream as a cudaStream_t. The symbol is looked up so that one library loads beside any torch.
 inline void* current_cuda_stream(int32_t device_index) {
   using Getter = AOTITorchError (*)(int32_t, void**);
