@@ -91,7 +91,9 @@ def _attach_backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
 
 
 def _apply_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("rank_loss is differentiable once: its gradient has no derivative (double backward is not defined)")
+    raise RuntimeError(
+        "rank_loss is differentiable once: its gradient has no derivative (double backward is not defined)"
+    )
 
 
 torch.library.register_autograd(
@@ -126,7 +128,9 @@ _define(
     "select_topk(Tensor[] scores, Tensor counts, int[] offsets, int nbytes, Tensor? eligible, bool absolute, bool per_tensor)"
     " -> Tensor",
     reference.select_topk,
-    lambda scores, counts, offsets, nbytes, eligible, absolute, per_tensor: scores[0].new_empty(nbytes, dtype=torch.uint8),
+    lambda scores, counts, offsets, nbytes, eligible, absolute, per_tensor: scores[0].new_empty(
+        nbytes, dtype=torch.uint8
+    ),
 )
 
 # --------------------------------------------------------------------------------------------------------------- optimizers

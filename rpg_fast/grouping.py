@@ -73,11 +73,15 @@ def rank_weights(weights: Weights) -> list[Tensor]:
         TypeError: something that is no real floating-point tensor.
     """
     if isinstance(weights, Tensor):
-        raise TypeError("weights must be a module, a mapping or an iterable of tensors, got one tensor: wrap it in a list")
+        raise TypeError(
+            "weights must be a module, a mapping or an iterable of tensors, got one tensor: wrap it in a list"
+        )
     if isinstance(weights, nn.Module):
         named: dict[str, Tensor] = dict(prunable_weights(weights, include=CONVOLUTIONS))
         if not named:
-            raise ValueError(f"{type(weights).__name__} has no convolution; pass the weights themselves to include others")
+            raise ValueError(
+                f"{type(weights).__name__} has no convolution; pass the weights themselves to include others"
+            )
     elif isinstance(weights, Mapping):
         named = dict(weights)
     else:

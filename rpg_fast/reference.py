@@ -112,9 +112,7 @@ def rank_project(
     return loss, tails, torch.stack(k), inv_norms, shares, torch.cat(projectors)
 
 
-def _rank_gradient(
-    weight_matrix: Tensor, projector: Tensor, inv_norm: Tensor, share: Tensor, weight: Tensor
-) -> Tensor:
+def _rank_gradient(weight_matrix: Tensor, projector: Tensor, inv_norm: Tensor, share: Tensor, weight: Tensor) -> Tensor:
     """weight * share * N Wn / ||W||_F as [m, n], zero where share is 0 (whatever N holds)."""
     dtype = projector.dtype
     Wn = weight_matrix.to(dtype) * inv_norm.to(dtype)  # [m, n]
@@ -241,7 +239,9 @@ def select_topk(
 
 def _best(keys: Tensor, count: Tensor) -> Tensor:
     order = keys.argsort(descending=True, stable=True)
-    return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, torch.arange(len(keys), device=keys.device) < count)
+    return torch.empty_like(keys, dtype=torch.bool).scatter_(
+        0, order, torch.arange(len(keys), device=keys.device) < count
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- optimizers

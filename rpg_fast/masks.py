@@ -1,0 +1,347 @@
+"""Masks with one bit per weight, the selections that make them, and the distributions of sparsity over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_fast import _ops as _ops  # registers the ops
+from rpg_fast import grouping
+
+SEGMENT_BYTES = 128  # every weight's bits start at a multiple: 1024 weights, one block's work, aligned for vector loads
+
+NamedWeights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """Where the bits of each weight lie in the one buffer: a segment per weight, its bits in the weight's memory order."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    orders: tuple[tuple[int, ...], ...]  # dimensions from slowest to fastest in memory
+    numels: list[int] = field(init=False, compare=False)
+    offsets: list[int] = field(init=False, compare=False)  # first byte of each segment
+    nbytes: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        numels = [math.prod(shape) for shape in self.shapes]
+        offsets, end = [], 0
+        for numel in numels:
+            offsets.append(end)
+            end += -(-numel // (8 * SEGMENT_BYTES)) * SEGMENT_BYTES
+        object.__setattr__(self, "numels", numels)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "nbytes", end)
+
+    @classmethod
+    def of(cls, weights: Iterable[Tensor]) -> MaskLayout:
+        weights = list(weights)
+        return cls(tuple(tuple(w.shape) for w in weights), tuple(grouping.memory_order(w) for w in weights))
+
+    def views(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """One tensor per weight, in its shape, as views whose row-major order is the order of the bits."""
+        return [grouping.as_it_lies(t, order) for t, order in zip(tensors, self.orders, strict=True)]
+
+    def pack(self, masks: Iterable[Tensor]) -> Tensor:
+        """Bool masks in the weights' shapes -> bits [nbytes]."""
+        return torch.ops.rpg_fast.pack(self.views(masks), self.offsets, self.nbytes)
+
+    def unpack(self, bits: Tensor) -> list[Tensor]:
+        """bits [nbytes] -> bool masks in the weights' shapes."""
+        flat = torch.ops.rpg_fast.unpack(bits, self.offsets, self.numels)
+        masks = []
+        for segment, shape, order in zip(flat, self.shapes, self.orders, strict=True):
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            masks.append(segment.view([shape[d] for d in order]).permute(inverse))
+        return masks
+
+    def popcount(self, bits: Tensor) -> Tensor:
+        """Ones per weight, int64 [B]."""
+        return torch.ops.rpg_fast.popcount(bits, self.offsets, self.numels)
+
+    def select(
+        self,
+        scores: Iterable[Tensor],
+        counts: Tensor,
+        *,
+        eligible: Tensor | None = None,
+        absolute: bool = False,
+        per_tensor: bool = True,
+    ) -> Tensor:
+        """The bits [nbytes] of the `counts` best eligible scores, per weight or over all (see `reference.select_topk`)."""
+        views = self.views(scores)
+        return torch.ops.rpg_fast.select_topk(views, counts, self.offsets, self.nbytes, eligible, absolute, per_tensor)
+
+
+class PackedMasks:
+    """One bit per weight for an ordered ``{name: Tensor}``, in one buffer, as the weights lie in memory; all ones at first. The
+    tensors are kept, so that optimizers find the mask of a parameter.
+
+    Args:
+        weights: the masked tensors by name, of any layout, on one device.
+
+    Attributes:
+        bits: uint8 [nbytes], segments as `layout` says.
+        weights, layout: the tensors by name; their `MaskLayout`.
+
+    Raises:
+        ValueError: no weights, or weights on several devices.
+    """
+
+    def __init__(self, weights: NamedWeights):
+        if not weights:
+            raise ValueError("PackedMasks got no weights: wanted at least one named tensor")
+        devices = {w.device for w in weights.values()}
+        if len(devices) > 1:
+            raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
+        self.weights = dict(weights)
+        self.layout = MaskLayout.of(self.weights.values())
+        self._index = {id(w): i for i, w in enumerate(self.weights.values())}
+        self.bits = self.layout.pack(torch.ones_like(w, dtype=torch.bool) for w in self.weights.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.weights)
+
+    def index_of(self, weight: Tensor) -> int | None:
+        """The position of `weight` (the very tensor) among the masked ones, None if it has no mask."""
+        return self._index.get(id(weight))
+
+    def load_(self, masks: NamedWeights) -> PackedMasks:
+        """Takes over bool masks of the weights' names and shapes, from any device.
+
+        Raises:
+            ValueError: missing or unknown names, another shape. TypeError: a mask that is not bool.
+        """
+        missing, unknown = sorted(self.weights.keys() - masks.keys()), sorted(masks.keys() - self.weights.keys())
+        if missing or unknown:
+            raise ValueError(f"masks must name exactly the weights: missing {missing}, unknown {unknown}")
+        for name, weight in self.weights.items():
+            if masks[name].dtype != torch.bool:
+                raise TypeError(f"mask of {name} must be bool, got {masks[name].dtype}")
+            if masks[name].shape != weight.shape:
+                raise ValueError(f"mask of {name} has shape {tuple(masks[name].shape)}, wanted {tuple(weight.shape)}")
+        self.bits.copy_(self.layout.pack(masks[name].to(self.bits.device) for name in self.weights))
+        return self
+
+    def unpack(self) -> dict[str, Tensor]:
+        """{name: bool mask in the weight's shape}."""
+        return dict(zip(self.weights, self.layout.unpack(self.bits), strict=True))
+
+    def count(self) -> Tensor:
+        """Ones per weight, int64 [B] on the device."""
+        return self.layout.popcount(self.bits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The packed bits with what is needed to read them: names, shapes and memory orders."""
+        layout = self.layout
+        return {
+            "bits": self.bits.clone(),
+            "names": self.names,
+            "shapes": list(layout.shapes),
+            "orders": list(layout.orders),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, also where the weights now lie in another memory format.
+
+        Raises:
+            ValueError: other names or shapes, or a buffer of another size.
+        """
+        missing = {"bits", "names", "shapes", "orders"} - state.keys()
+        if missing:
+            raise ValueError(f"not the state of PackedMasks: {sorted(missing)} missing")
+        saved = MaskLayout(tuple(map(tuple, state["shapes"])), tuple(map(tuple, state["orders"])))
+        theirs = dict(zip(state["names"], saved.shapes, strict=True))
+        mine = dict(zip(self.names, self.layout.shapes, strict=True))
+        if theirs != mine:
+            differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise ValueError(f"the saved masks belong to other weights: {len(differing)} differ, first {differing[:3]}")
+        if state["bits"].numel() != saved.nbytes:
+            raise ValueError(f"the saved masks hold {state['bits'].numel()} bytes, wanted {saved.nbytes}")
+        masks = saved.unpack(state["bits"].to(self.bits.device))
+        self.load_(dict(zip(state["names"], masks, strict=True)))
+
+
+@torch.no_grad()
+def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: float | Tensor | None = None) -> None:
+    """Masked gradient application: every `.grad` becomes ``scale * grad`` where its mask is one, 0 elsewhere (also where it was
+    NaN or inf). Parameters without a mask are only scaled, those without a gradient skipped.
+
+    Args:
+        params: parameters of any layout; those that `masks` holds are masked.
+        scale: a float or a 0-d tensor, e.g. 1 / loss scale.
+
+    Equivalent to: ``for p in params: p.grad = torch.where(mask[p], p.grad * scale, 0)``
+    """
+    with_grad = [(p, p.grad) for p in params if p.grad is not None]
+    masked = [(masks.index_of(p), p, g) for p, g in with_grad]
+    if scale is None:
+        masked = [entry for entry in masked if entry[0] is not None]
+    if not masked:
+        return
+    views, offsets = [], []
+    for index, p, g in masked:
+        if g.layout != torch.strided:
+            raise TypeError(f"gradients must be dense, got {g.layout} for a parameter of shape {tuple(p.shape)}")
+        views.append(grouping.as_it_lies(g, grouping.memory_order(p) if index is None else masks.layout.orders[index]))
+        offsets.append(-1 if index is None else masks.layout.offsets[index])
+    if scale is not None and not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, dtype=torch.float64)
+    torch.ops.rpg_fast.mask_(views, masks.bits, offsets, scale)
+
+
+# ----------------------------------------------------------------------------------------------------------- one mask at a time
+
+
+def kept_count(numel: int, sparsity: float) -> int:
+    """Ones of a mask of `numel` weights: numel - floor(sparsity * numel + 0.5)."""
+    return numel - math.floor(sparsity * numel + 0.5)
+
+
+def topk_mask(scores: Tensor, sparsity: float | Tensor) -> Tensor:
+    """The bool mask of the best scores, with exactly floor(sparsity * n + 0.5) zeros.
+
+    Args:
+        scores: any shape and real floating-point dtype; the larger the better, NaN above all. Ties go to the lower index in
+            memory order (row-major for a contiguous tensor).
+        sparsity: fraction of zeros in [0, 1], a float or a 0-d tensor.
+
+    Raises:
+        ValueError: sparsity outside [0, 1]. TypeError: scores that are no floating-point tensor.
+
+    Equivalent to: ``mask.view(-1)[scores.view(-1).argsort(descending=True, stable=True)[:n_kept]] = True``
+    """
+    _check_scores("scores", scores)
+    n = scores.numel()
+    if isinstance(sparsity, Tensor):
+        counts = n - (sparsity.detach().to(scores.device).double() * n + 0.5).floor().long().reshape(1)
+    else:
+        _check_fraction("sparsity", sparsity)
+        counts = torch.full((1,), kept_count(n, sparsity), device=scores.device)
+    layout = MaskLayout.of([scores])
+    return layout.unpack(layout.select([scores.detach()], counts))[0]
+
+
+def prune_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, *, drop_fraction: float) -> Tensor:
+    """RigL's update of one mask (Evci et al., ICML 2020): of `active` ones, n_grow = floor(drop_fraction * active) are dropped and
+    as many grown, so the count does not change.
+
+    Args:
+        mask: bool, any shape.
+        drop_scores: the active - n_grow best active ones stay (RigL: |weight|).
+        grow_scores: the n_grow best of all that do not stay are grown (RigL: |gradient|); a dropped one may come back.
+        drop_fraction: in [0, 1].
+
+    Returns:
+        The new bool mask. Ties go to the lower index in the memory order of `mask`, NaN ranks above all.
+
+    Raises:
+        ValueError: shapes that differ, drop_fraction outside [0, 1]. TypeError: wrong dtypes.
+    """
+    _check_fraction("drop_fraction", drop_fraction)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    for name, scores in (("drop_scores", drop_scores), ("grow_scores", grow_scores)):
+        _check_scores(name, scores)
+        if scores.shape != mask.shape:
+            raise ValueError(f"{name} has shape {tuple(scores.shape)}, wanted the mask's {tuple(mask.shape)}")
+    layout = MaskLayout.of([mask])
+    kept, grown = drop_and_grow(
+        layout, layout.pack([mask]), [drop_scores.detach()], [grow_scores.detach()], drop_fraction
+    )
+    return layout.unpack(kept | grown)[0]
+
+
+def drop_and_grow(
+    layout: MaskLayout,
+    bits: Tensor,
+    drop_scores: Sequence[Tensor],
+    grow_scores: Sequence[Tensor],
+    drop_fraction: float,
+    *,
+    absolute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`prune_and_grow` for all weights of a layout at once: the bits that stay and the bits that are grown, disjoint."""
+    active = layout.popcount(bits)  # [B]
+    n_grow = (active.double() * drop_fraction).floor().long()
+    kept = layout.select(drop_scores, active - n_grow, eligible=bits, absolute=absolute)
+    grown = layout.select(grow_scores, n_grow, eligible=~kept, absolute=absolute)
+    return kept, grown
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def _check_scores(name: str, scores: Tensor) -> None:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- distributions
+
+
+def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
+    """The same sparsity for every weight: ``{name: sparsity}``."""
+    _check_fraction("sparsity", sparsity)
+    return dict.fromkeys(weights, float(sparsity))
+
+
+def erk(weights: NamedWeights, sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel (Mocanu et al. 2018, Evci et al. 2020): the density of a weight [out, in, ...] is proportional to
+    (sum of its dimensions) / (product of its dimensions), at most 1.
+
+    Returns:
+        {name: fraction of zeros}, each a whole number of zeros over the weight's size, so that the zeros of all weights together
+        are exactly floor(sparsity * n + 0.5).
+
+    Raises:
+        ValueError: sparsity outside [0, 1].
+    """
+    _check_fraction("sparsity", sparsity)
+    numels = {name: w.numel() for name, w in weights.items()}
+    budget = kept_count(sum(numels.values()), sparsity)
+    raw = {name: sum(w.shape) / w.numel() if w.numel() else 0.0 for name, w in weights.items()}
+    dense: set[str] = set()
+    while True:
+        open_ = [name for name in weights if name not in dense]
+        room = budget - sum(numels[name] for name in dense)
+        mass = sum(raw[name] * numels[name] for name in open_)
+        factor = room / mass if mass else 0.0
+        full = {name for name in open_ if factor * raw[name] > 1}
+        if not full:
+            break
+        dense |= full
+    wanted = {name: numels[name] if name in dense else factor * raw[name] * numels[name] for name in weights}
+    kept = {name: math.floor(count) for name, count in wanted.items()}
+    by_remainder = sorted(weights, key=lambda name: kept[name] - wanted[name])  # largest remainder first
+    for name in by_remainder[: budget - sum(kept.values())]:
+        kept[name] += 1
+    return {name: 1 - kept[name] / numels[name] if numels[name] else 0.0 for name in weights}
+
+
+def global_magnitude(weights: NamedWeights, sparsity: float) -> dict[str, Tensor]:
+    """The sparsity that one magnitude threshold over all weights together gives each of them.
+
+    Returns:
+        {name: 0-d float64 tensor on the weights' device}; the zeros of all weights are exactly floor(sparsity * n + 0.5), ties go to
+        the earlier weight and the lower index in memory order.
+
+    Raises:
+        ValueError: no weights, several devices, sparsity outside [0, 1].
+    """
+    _check_fraction("sparsity", sparsity)
+    masks = PackedMasks(weights)
+    layout = masks.layout
+    counts = torch.full((1,), kept_count(sum(layout.numels), sparsity), device=masks.bits.device)
+    bits = layout.select([w.detach() for w in weights.values()], counts, absolute=True, per_tensor=False)
+    ones = layout.popcount(bits)
+    return {name: 1 - ones[i].double() / max(1, layout.numels[i]) for i, name in enumerate(weights)}

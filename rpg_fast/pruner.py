@@ -1,0 +1,363 @@
+"""RankPruner: gradual prune-and-grow training with the rank loss, beside any loop and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+import torch.distributed as dist
+
+from rpg_fast import grouping, masks as _masks
+from rpg_fast.masks import PackedMasks, mask_gradients_
+from rpg_fast.optim import MaskedAdamW, MaskedSGD
+from rpg_fast.rank_loss import RankState, add_rank_grad_
+from rpg_fast.schedules import ConstantSparsity, CosineDrop, ExponentialSparsity, PolynomialSparsity
+
+Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
+
+SCHEDULES = {"constant": ConstantSparsity, "polynomial": PolynomialSparsity, "exponential": ExponentialSparsity}
+DISTRIBUTIONS = ("global_magnitude", "erk", "uniform")
+CRITERIA = ("rigl", "set", "gmp")
+
+
+@dataclass(frozen=True)
+class PruneStats:
+    """Counts per weight, int64 [B] on the device, in the order of `names`; reading a tensor's values is what synchronises.
+
+    Attributes:
+        total, active: size and ones of each mask.
+        pruned, grown: weights that the last topology update switched off and on.
+        regrown: weights that it dropped and grew again in the same update (restarted at zero).
+    """
+
+    names: list[str]
+    total: Tensor
+    active: Tensor
+    pruned: Tensor
+    grown: Tensor
+    regrown: Tensor
+
+    @property
+    def sparsity(self) -> Tensor:
+        """The fraction of zeros of each mask, float64 [B]."""
+        return 1 - self.active.double() / self.total.clamp(min=1)
+
+
+class RankPruner:
+    """Gradual pruning with regrowth (RigL) steered by the adversarial rank loss (RPG, Zhang et al., NeurIPS 2023)::
+
+        pruner = RankPruner(model, optimizer, sparsity=0.98, total_steps=len(loader) * epochs, rank_weight=4.0, tail_energy=0.2)
+        for x, y in loader:
+            criterion(model(x), y).backward()     # any number of micro-batches
+            if pruner.step():                     # False on a topology step: the optimizer is not stepped then
+                optimizer.step()
+            optimizer.zero_grad()
+
+    A topology update prunes to the schedule's sparsity by magnitude, then drops the smallest weights and grows as many where the
+    gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at zero with zero optimizer state,
+    dropped ones that grow again too. Counts are exact, ties go to the lower index, the target is reached exactly. If a gradient is
+    not finite, nothing changes at that update, which the device decides; the schedule depends on the step alone, so the next
+    update catches up. Gradients carry no hooks and `optimizer.step` is not patched: the masks work through `.grad`.
+
+    Args:
+        model: its convolutions and linear layers are pruned, its convolutions get the rank loss.
+        optimizer: any torch optimizer that works element by element and holds the pruned weights. `MaskedSGD` and
+            `MaskedAdamW` are given the masks and do the masking in their step.
+        sparsity: final fraction of zeros, in [0, 1).
+        total_steps: calls of `step` in the whole training.
+        weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
+        distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities ``{name: float}``.
+        criterion: what grows: "rigl" (largest gradient), "set" (random), "gmp" (nothing: gradual magnitude pruning).
+        schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object, which then
+            defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
+        update_every: steps between topology updates.
+        prune_until, update_until: fractions of `total_steps`: until when the sparsity grows, until when weights are dropped and grown.
+        drop_fraction: fraction of the active weights dropped at the first update, decaying to 0 at `update_until` by a cosine.
+        rank_weight: factor of the rank loss, a float or a 0-d tensor; 0 turns it off.
+        tail_energy, rank_method, min_sparsity: see `rank_loss`.
+        rank_every: "update": the rank gradient takes part in topology steps only, as published, so it only steers growth; an integer
+            N: in every N-th step.
+        rank_layers: ``{name: Parameter}`` that get the rank loss, default: the model's convolutions.
+        semantics: "corrected".
+        process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all ranks) after
+            every update. Gradients must have been reduced.
+        generator: source of randomness for "set".
+
+    Attributes:
+        masks: the `PackedMasks`. last_rank_loss: 0-d tensor of the last computed rank loss, or None.
+        rank_state: the `RankState` with the ranks of `rank_layers`. step_count: calls of `step` so far.
+
+    Raises:
+        ValueError, TypeError: an option out of its range or unknown, a weight that the optimizer does not hold, too few steps for
+            one update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sparsity: float,
+        total_steps: int,
+        weights: Mapping[str, nn.Parameter] | None = None,
+        distribution: str | Mapping[str, float] = "global_magnitude",
+        criterion: str = "rigl",
+        schedule: str | Schedule = "exponential",
+        update_every: int = 100,
+        prune_until: float = 0.9,
+        update_until: float = 0.901,
+        drop_fraction: float = 0.3,
+        rank_weight: float | Tensor = 0.0,
+        tail_energy: float | Tensor = 0.1,
+        rank_every: str | int = "update",
+        rank_layers: Mapping[str, nn.Parameter] | None = None,
+        rank_method: str = "auto",
+        min_sparsity: float = 0.0,
+        semantics: str = "corrected",
+        process_group: dist.ProcessGroup | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        if semantics != "corrected":
+            raise ValueError(f'semantics must be "corrected", got {semantics!r}')
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
+        if rank_every != "update" and not (isinstance(rank_every, int) and rank_every >= 1):
+            raise ValueError(f'rank_every must be "update" or a positive integer, got {rank_every!r}')
+        self.optimizer = optimizer
+        self.weights = dict(grouping.prunable_weights(model) if weights is None else weights)
+        self._check_optimizer()
+        self.sparsity, self.total_steps = sparsity, total_steps
+        self.criterion = criterion
+        self.schedule = self._make_schedule(schedule, update_every, prune_until, update_until)
+        self.drop = CosineDrop(drop_fraction, max(self.schedule.last_update, self.schedule.until or 1))
+        self.distribution = distribution if isinstance(distribution, str) else dict(distribution)
+        self.rank_weight, self.tail_energy = rank_weight, tail_energy
+        self.rank_every, self.rank_method, self.min_sparsity = rank_every, rank_method, min_sparsity
+        self.rank_layers = dict(
+            grouping.prunable_weights(model, include=grouping.CONVOLUTIONS) if rank_layers is None else rank_layers
+        )
+        if self._uses_rank_loss() and not self.rank_layers:
+            raise ValueError("rank_weight is set, but there are no rank_layers: the model has no convolution")
+        self.process_group, self.generator = process_group, generator
+        self.step_count = 0
+        self.last_rank_loss: Tensor | None = None
+        self.rank_state = RankState()
+        self.masks = PackedMasks(self.weights)
+        self._kept_counts = self._plan_counts()  # int64 [updates + 1, B or 1] on the device
+        self._before = self._kept = self.masks.bits.clone()  # around the last update, for the statistics
+        if isinstance(optimizer, (MaskedSGD, MaskedAdamW)):
+            optimizer.set_masks(self.masks)
+        if self.schedule(0) > 0:
+            self.masks.bits.copy_(self._prune(0))
+            self._synchronise(self.masks.bits)
+            self.apply_masks_()
+
+    def _check_optimizer(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, w in self.weights.items() if id(w) not in held]
+        if missing:
+            raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
+
+    def _make_schedule(
+        self, schedule: str | Schedule, update_every: int, prune_until: float, update_until: float
+    ) -> Schedule:
+        if not isinstance(schedule, str):
+            return schedule
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a schedule object, got {schedule!r}")
+        if not 0 < prune_until <= 1 or not 0 < update_until <= 1:
+            raise ValueError(f"prune_until and update_until must lie in (0, 1], got {prune_until} and {update_until}")
+        end = int(prune_until * self.total_steps)
+        if end < update_every:
+            raise ValueError(
+                f"total_steps={self.total_steps} is too short: pruning ends at step {end} (prune_until={prune_until}), "
+                f"before the first update at step {update_every} (update_every)"
+            )
+        until = int(update_until * self.total_steps)
+        return SCHEDULES[schedule](sparsity=self.sparsity, every=update_every, end=end, until=until)
+
+    def _plan_counts(self) -> Tensor:
+        """The ones after each pruning update, planned once so that no update copies from the host: int64 [updates + 1, B], or
+        [updates + 1, 1] under one global threshold."""
+        schedule, numels = self.schedule, self.masks.layout.numels
+        rows = []
+        for n in range(schedule.updates + 1):
+            sparsity = schedule(schedule.begin + n * schedule.every)
+            if self.distribution == "global_magnitude":
+                rows.append([_masks.kept_count(sum(numels), sparsity)])
+            else:
+                per_weight = self._distribute(sparsity)
+                rows.append([_masks.kept_count(n, s) for n, s in zip(numels, per_weight, strict=True)])
+        return torch.tensor(rows, dtype=torch.int64, device=self.masks.bits.device)
+
+    def _distribute(self, sparsity: float) -> list[float]:
+        """The sparsity of each weight when the whole has `sparsity`."""
+        if isinstance(self.distribution, dict):
+            unknown = sorted(self.distribution.keys() ^ self.weights.keys())
+            if unknown:
+                raise ValueError(f"distribution must name exactly the pruned weights, these differ: {unknown[:5]}")
+            share = sparsity / self.sparsity if self.sparsity else 0.0
+            return [share * self.distribution[name] for name in self.weights]
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {DISTRIBUTIONS} or a mapping, got {self.distribution!r}")
+        make = _masks.erk if self.distribution == "erk" else _masks.uniform
+        return list(make(self.weights, sparsity).values())
+
+    def _uses_rank_loss(self) -> bool:
+        return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then either updates the
+        topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The masked optimizers mask in their own
+        step, so `.grad` stays dense for them. Nothing here waits for the device."""
+        self.step_count += 1
+        update = self.schedule.is_update_step(self.step_count)
+        due = update if self.rank_every == "update" else self.step_count % int(self.rank_every) == 0
+        if due and self._uses_rank_loss():
+            self.last_rank_loss = add_rank_grad_(
+                self.rank_layers,
+                self.rank_weight,
+                self.tail_energy,
+                method=self.rank_method,  # type: ignore[arg-type]
+                state=self.rank_state,
+                min_sparsity=self.min_sparsity,
+            )
+        if update:
+            self._update_topology()
+            return False
+        if not isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)):
+            mask_gradients_(self.weights.values(), self.masks)
+        return True
+
+    def _prune(self, step: int) -> Tensor:
+        """The bits that stay when the active weights are cut to the schedule's count by magnitude."""
+        planned = max(0, step - self.schedule.begin) // self.schedule.every
+        counts = self._kept_counts[min(planned, self.schedule.updates)]
+        return self.masks.layout.select(
+            [w.detach() for w in self.weights.values()],
+            counts,
+            eligible=self.masks.bits,
+            absolute=True,
+            per_tensor=self.distribution != "global_magnitude",
+        )
+
+    def _update_topology(self) -> None:
+        grads = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights.values()]
+        finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
+        before = self.masks.bits
+        kept = after = self._prune(self.step_count)
+        fraction = self.drop(self.step_count)
+        if self.criterion != "gmp" and fraction > 0:
+            scores = grads
+            if self.criterion == "set":
+                scores = [torch.rand(g.shape, device=g.device, generator=self.generator) for g in grads]
+            magnitudes = [w.detach() for w in self.weights.values()]
+            kept, grown = _masks.drop_and_grow(self.masks.layout, after, magnitudes, scores, fraction, absolute=True)
+            after = kept | grown
+        after = torch.where(finite, after, before)
+        kept = torch.where(finite, kept, 255)
+        both = torch.stack([after, kept])
+        self._synchronise(both)
+        self._before, self._kept = before.clone(), both[1]
+        self.masks.bits.copy_(both[0])
+        self._zero_outside(both[1])
+
+    def _synchronise(self, bits: Tensor) -> None:
+        """Everyone takes rank 0's bits."""
+        if dist.is_available() and dist.is_initialized():
+            source = 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
+            dist.broadcast(bits, source, group=self.process_group)
+
+    def _zero_outside(self, bits: Tensor) -> None:
+        """Zeroes the weights, and whatever state the optimizer keeps in their shape, where a bit is zero."""
+        layout = self.masks.layout
+        tensors, offsets = [], []
+        for weight, order, offset in zip(self.weights.values(), layout.orders, layout.offsets, strict=True):
+            state = [
+                value
+                for value in self.optimizer.state.get(weight, {}).values()
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
+            ]
+            for tensor in (weight.detach(), *state):
+                tensors.append(grouping.as_it_lies(tensor, order))
+                offsets.append(offset)
+        torch.ops.rpg_fast.mask_(tensors, bits, offsets, None)
+
+    # --------------------------------------------------------------------------------------------------------- beside the step
+
+    @torch.no_grad()
+    def apply_masks_(self) -> None:
+        """Zeroes weights and optimizer state outside the masks, e.g. after loading weights or editing masks."""
+        self._zero_outside(self.masks.bits)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Masks `.grad`, then clips the norm over all parameters of the optimizer as torch.nn.utils.clip_grad_norm_ does; after a
+        True `step`. Returns the total norm of the masked gradients before clipping, 0-d."""
+        mask_gradients_(self.weights.values(), self.masks)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(params, max_norm)
+
+    def stats(self) -> PruneStats:
+        """Counts per weight now and in the last topology update, as device tensors."""
+        layout, after = self.masks.layout, self.masks.bits
+        total = torch.tensor(layout.numels, dtype=torch.int64)
+        return PruneStats(
+            names=self.masks.names,
+            total=total.to(after.device, non_blocking=True),
+            active=layout.popcount(after),
+            pruned=layout.popcount(self._before & ~after),
+            grown=layout.popcount(after & ~self._before),
+            regrown=layout.popcount(after & self._before & ~self._kept),
+        )
+
+    @torch.no_grad()
+    def finalize(self) -> float:
+        """Ends the pruning: if training stopped before the schedule did, prunes to the final sparsity now (by magnitude, nothing
+        grows); zeroes everything outside the masks. Returns the exact overall sparsity; reading it waits for the device."""
+        bits = self._prune(self.schedule.begin + self.schedule.updates * self.schedule.every)
+        self._synchronise(bits)
+        self.masks.bits.copy_(bits)
+        self.apply_masks_()
+        active = int(self.masks.count().sum())
+        total = sum(self.masks.layout.numels)
+        return 1 - active / total if total else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, masks and rank state (and the generator's); the options are the constructor's business."""
+        return {
+            "step_count": self.step_count,
+            "masks": self.masks.state_dict(),
+            "rank_state": self.rank_state.state_dict(),
+            "last_rank_loss": self.last_rank_loss,
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned and zeroes what the masks exclude; load model and optimizer first.
+
+        Raises:
+            ValueError: the state of other weights, or something else.
+        """
+        wanted = {"step_count", "masks", "rank_state", "last_rank_loss", "generator"}
+        if set(state) != wanted:
+            raise ValueError(f"not the state of a RankPruner: got keys {sorted(state)}, wanted {sorted(wanted)}")
+        if (state["generator"] is None) != (self.generator is None):
+            raise ValueError(
+                "the saved state has a generator's state exactly if this pruner has a generator; here only one has"
+            )
+        self.masks.load_state_dict(state["masks"])
+        self.rank_state.load_state_dict(state["rank_state"])
+        self.step_count = state["step_count"]
+        self.last_rank_loss = state["last_rank_loss"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self._before = self._kept = self.masks.bits.clone()
+        self.apply_masks_()

@@ -1,0 +1,212 @@
+"""The rank loss of RPG and its closed-form gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rpg_fast import _ops as _ops  # registers the ops
+from rpg_fast.grouping import Weights, rank_weights
+
+Method = Literal["auto", "exact"]
+Precision = Literal["fp32", "fast"]
+
+
+class RankState:
+    """What a rank loss keeps between calls on the same weights: the last spectra's ranks and projectors.
+
+    Pass one to every call of `rank_loss` or `add_rank_grad_` to read them afterwards, and for ``refresh_every > 1``.
+
+    Attributes (None before the first call; device tensors, reading one does not synchronise):
+        ranks: int64 [B], k of each weight, in the order of the weights; -1 where a weight holds NaN or inf.
+        tail_energies: float64 [B], the energy beyond k as a fraction of the whole.
+        flags: int32 [B], 0 where the spectrum was resolved, 1 where the weight holds NaN or inf.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.shapes: list[tuple[int, ...]] | None = None
+        self.ranks: Tensor | None = None
+        self.tail_energies: Tensor | None = None
+        self.flags: Tensor | None = None
+        self._spectra: tuple[Tensor, ...] | None = None  # loss, projector, inv_norms, shares
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next call needs, as tensors and plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError for the state of something else."""
+        if set(state) != set(vars(self)):
+            raise ValueError(f"not the state of a RankState: got keys {sorted(state)}, wanted {sorted(vars(self))}")
+        vars(self).update(state)
+
+    def _check(self, weights: Sequence[Tensor]) -> None:
+        shapes = [tuple(w.shape) for w in weights]
+        if self.shapes is not None and shapes != self.shapes:
+            raise ValueError(
+                f"this RankState belongs to weights of shapes {self.shapes}, got {shapes}: use one state per list"
+            )
+        self.shapes = shapes
+
+
+def rank_loss(
+    weights: Weights,
+    tail_energy: float | Tensor = 0.1,
+    *,
+    method: Method = "auto",
+    precision: Precision = "fp32",
+    state: RankState | None = None,
+    refresh_every: int = 1,
+    min_sparsity: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The adversarial rank loss of RPG (Zhang et al., NeurIPS 2023): minimising it raises the rank of the weights.
+
+    Every weight W [out, ...] is seen as a matrix [out, rest], Wn = W / ||W||_F. Wn_k is its best approximation of rank k, where
+    k leaves the tail energy ||Wn - Wn_k||_F^2 nearest to `tail_energy` (the larger k on a tie). The loss is the mean of
+    -||Wn - Wn_k||_F^2 over the active weights: not all-zero, and with at least `min_sparsity` of zeros. As published, the norm is
+    differentiated and the singular vectors are not; the gradient is a closed form, so no autograd runs through an SVD.
+
+    Args:
+        weights: a module (its convolutions, as in the paper), a mapping, or an iterable of tensors [out, ...]; float32,
+            float64, bfloat16 or float16, any layout, one device. All are weighted alike.
+        tail_energy: the paper's delta, in [0, 1]; a float or a 0-d tensor. 0.1 or 0.2 in the paper.
+        method: "exact" (Gram matrix and eigendecomposition in float64); "auto" takes it.
+        precision: "fp32" or "fast"; "exact" is float64 inside either way.
+        state: a `RankState`, filled with ranks and tail energies.
+        refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the gradient then
+            uses the current weights with the last projectors, the value is the last one.
+        min_sparsity: weights with a smaller fraction of zeros take no part (0: all do).
+        generator: source of randomness for randomised methods; "exact" draws nothing.
+
+    Returns:
+        0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once. 0 with a zero gradient if every
+        weight is all-zero. A weight with NaN or inf makes the loss NaN, and its own gradient only.
+
+    Raises:
+        ValueError, TypeError: no weights, fewer than two dimensions, no floating-point tensors, several devices, or an option
+            out of its range. Calling backward twice through (double backward) raises RuntimeError.
+
+    Equivalent to::
+
+        def loss_of(W):
+            Wn = W.flatten(1) / W.norm()
+            U, S, Vh = torch.linalg.svd(Wn.detach(), full_matrices=False)
+            tails = S.square().flip(0).cumsum(0)
+            k = len(S) - 1 - (tails - tail_energy).abs().argmin()
+            return -(Wn - U[:, :k] @ S[:k].diag() @ Vh[:k]).square().sum()
+        rank_loss = torch.stack([loss_of(W) for W in weights]).mean()
+    """
+    matrices = rank_weights(weights)
+    loss, projector, inv_norms, shares = _spectra(
+        matrices, tail_energy, method, precision, state, refresh_every, min_sparsity
+    )
+    return torch.ops.rpg_fast.rank_attach(matrices, loss, projector, inv_norms, shares)
+
+
+@torch.no_grad()
+def add_rank_grad_(
+    weights: Weights,
+    weight: float | Tensor,
+    tail_energy: float | Tensor = 0.1,
+    *,
+    method: Method = "auto",
+    precision: Precision = "fp32",
+    state: RankState | None = None,
+    refresh_every: int = 1,
+    min_sparsity: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Adds `weight` times the gradient of `rank_loss` to the `.grad` of every weight in one fused pass, without a graph.
+
+    A `.grad` of None becomes the gradient itself. `weight` is a float or a 0-d tensor; all else is as in `rank_loss`.
+
+    Returns:
+        The detached 0-d loss (not multiplied by `weight`).
+
+    Raises:
+        ValueError: besides what `rank_loss` raises, for a weight that is no leaf (it keeps no `.grad`).
+
+    Equivalent to: ``(weight * rank_loss(weights, tail_energy)).backward()``
+    """
+    matrices = rank_weights(weights)
+    if not all(w.is_leaf for w in matrices):
+        raise ValueError(
+            "add_rank_grad_ writes to `.grad`, but a weight is not a leaf: pass the parameters, or use rank_loss"
+        )
+    loss, projector, inv_norms, shares = _spectra(
+        matrices, tail_energy, method, precision, state, refresh_every, min_sparsity
+    )
+    for w in matrices:
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+    scale = _scalar("weight", weight, matrices[0].device)
+    torch.ops.rpg_fast.rank_apply_([w.grad for w in matrices], matrices, projector, inv_norms, shares, scale)
+    return loss
+
+
+def _spectra(
+    weights: list[Tensor],
+    tail_energy: float | Tensor,
+    method: str,
+    precision: str,
+    state: RankState | None,
+    refresh_every: int,
+    min_sparsity: float,
+) -> tuple[Tensor, ...]:
+    """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
+    _check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    if state is not None:
+        state._check(weights)
+        state.calls += 1
+        if state._spectra is not None and (state.calls - 1) % refresh_every != 0:
+            return state._spectra
+    target = _scalar("tail_energy", tail_energy, weights[0].device)
+    with torch.no_grad():
+        loss, tails, ranks, inv_norms, shares, projector = torch.ops.rpg_fast.rank_project(
+            [w.detach() for w in weights], target, float(min_sparsity)
+        )
+    spectra = (loss, projector, inv_norms, shares)
+    if state is not None:
+        state.ranks, state.tail_energies, state.flags = ranks, tails, (ranks < 0).int()
+        state._spectra = spectra
+    return spectra
+
+
+def _check_options(
+    weights: list[Tensor],
+    tail_energy: float | Tensor,
+    method: str,
+    precision: str,
+    state: RankState | None,
+    refresh_every: int,
+    min_sparsity: float,
+) -> None:
+    devices = {w.device for w in weights}
+    if len(devices) > 1:
+        raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
+    if method not in ("auto", "exact"):
+        raise ValueError(f'method must be "auto" or "exact", got {method!r}')
+    if precision not in ("fp32", "fast"):
+        raise ValueError(f'precision must be "fp32" or "fast", got {precision!r}')
+    if refresh_every < 1:
+        raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
+    if refresh_every > 1 and state is None:
+        raise ValueError(f"refresh_every={refresh_every} needs state=RankState() to keep the spectra in")
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity must lie in [0, 1], got {min_sparsity}")
+    if not isinstance(tail_energy, Tensor) and not 0 <= tail_energy <= 1:
+        raise ValueError(f"tail_energy must lie in [0, 1], got {tail_energy}")
+
+
+def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d float64 tensor on `device`, made there without a copy from the host."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a float or a tensor with one element, got shape {tuple(value.shape)}")
+        return value.detach().reshape(()).to(device=device, dtype=torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -1,0 +1,105 @@
+"""When and how far to prune: functions of the step alone, so that a resumed or skipped update catches up.
+
+Steps count from 1. A sparsity schedule prunes at every `every`-th step; of its U = (end - begin) // every pruning updates the last
+one reaches `sparsity` exactly. Topology updates (drop and grow) may go on at the reached sparsity until `until`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule:
+    sparsity: float
+    every: int
+    end: int
+    begin: int = 0
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must lie in [0, 1), got {self.sparsity}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 step, got {self.every}")
+        if self.begin < 0 or self.begin + self.every > self.end:
+            raise ValueError(
+                f"no update fits: begin={self.begin}, end={self.end}, every={self.every}; wanted 0 <= begin <= end - every"
+            )
+
+    @property
+    def updates(self) -> int:
+        """U, the number of pruning updates."""
+        return (self.end - self.begin) // self.every
+
+    @property
+    def last_update(self) -> int:
+        """The step of the last topology update."""
+        reached = self.begin + self.updates * self.every
+        if self.until is None or self.until <= reached:
+            return reached
+        return self.begin + (self.until - self.begin) // self.every * self.every
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether the topology changes at this step."""
+        return self.begin < step <= self.last_update and (step - self.begin) % self.every == 0
+
+    def _progress(self, step: int) -> float:
+        """The fraction of the pruning updates done by this step, exactly 1 from the U-th on."""
+        done = max(0, step - self.begin) // self.every
+        return min(done, self.updates) / self.updates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSparsity(_Schedule):
+    """The target from the start: dynamic sparse training at constant density (RigL, SET)."""
+
+    def __call__(self, step: int) -> float:
+        """The sparsity at `step`."""
+        return self.sparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialSparsity(_Schedule):
+    """s (1 - (1 - x)^power), x the fraction of updates done (Zhu and Gupta 2017, with power 3)."""
+
+    power: float = 3.0
+
+    def __call__(self, step: int) -> float:
+        """The sparsity at `step`."""
+        x = self._progress(step)
+        return self.sparsity if x == 1 else self.sparsity * (1 - (1 - x) ** self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialSparsity(_Schedule):
+    """1 - d^x, d = 1 - sparsity the final density, x the fraction of updates done: RPG's schedule, where every update keeps the same
+    fraction of what is left (the published code lags one update behind)."""
+
+    def __call__(self, step: int) -> float:
+        """The sparsity at `step`."""
+        x = self._progress(step)
+        return self.sparsity if x == 1 else 1 - (1 - self.sparsity) ** x
+
+
+@dataclass(frozen=True)
+class CosineDrop:
+    """The drop fraction alpha / 2 (1 + cos(pi step / end)) of RigL, 0 from `end` on."""
+
+    drop_fraction: float
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_fraction <= 1:
+            raise ValueError(f"drop_fraction must lie in [0, 1], got {self.drop_fraction}")
+        if self.end < 1:
+            raise ValueError(f"end must be at least 1 step, got {self.end}")
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether anything is dropped at this step."""
+        return step < self.end
+
+    def __call__(self, step: int) -> float:
+        """The drop fraction at `step`."""
+        return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(step, self.end) / self.end))
