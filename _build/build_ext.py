@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
@@ -23,6 +24,8 @@ class BuildExt(build_ext):
         if outcome.failed and os.environ.get("RPG_FAST_REQUIRE_EXT") == "1":
             raise CompileError(f"{line} (RPG_FAST_REQUIRE_EXT=1)")
         print(line, file=sys.stderr, flush=True)
+        if outcome.failed:  # pip hides what a build prints, but newer ones show its warnings
+            warnings.warn(line, stacklevel=1)
 
     def _package_dir(self) -> Path:
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "rpg_fast"

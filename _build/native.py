@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,6 @@ def _find_torch_or_raise() -> Torch:
 def build(jobs: int | None = None) -> Outcome:
     """Builds all that can be built: C++ and CUDA, else C++ alone, else nothing. Never raises for a missing or failing
     compiler: the outcome says so, and `failed` is true if something was tried and went wrong or nothing was built."""
-    start = time.perf_counter()
     directory = ROOT / BUILD_DIR
     directory.mkdir(parents=True, exist_ok=True)
     log = ""
@@ -216,7 +214,6 @@ def build(jobs: int | None = None) -> Outcome:
         record = {
             "outcome": _describe(tools, without_cuda),
             "facts": tools.facts(),
-            "seconds": round(time.perf_counter() - start, 1),
             "kernels": _kernel_resources(tools),
             "log": log,
         }

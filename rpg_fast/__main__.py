@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 
+import rpg_fast
 from rpg_fast import _info
 
 TRAINING = ("train", "evaluate")
@@ -15,7 +16,7 @@ TRAINING_EXTRA = ("matplotlib", "numpy", "sklearn", "tqdm")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rpg-fast", description="Rank-based pruning for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"rpg_fast {_info.version()}")
+    parser.add_argument("--version", action="version", version=f"rpg_fast {rpg_fast.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     info = commands.add_parser("info", help="versions, devices, and which kernel serves which op (the default)")
     info.add_argument("--json", action="store_true", help="the same, as one JSON object")

@@ -10,17 +10,13 @@ from typing import Any
 
 import torch
 
+import rpg_fast
 from rpg_fast import _extension, _ops
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
 
 # One line of the dispatcher's table, "CPU: registered at csrc/cpu/masks.cpp:40 [kernel]".
 _REGISTRATION = re.compile(r"^(?P<key>\w+): .*?registered at (?P<file>.+?):\d+.* \[(?P<kind>[^\]]+)\]$", re.MULTILINE)
-
-
-def version() -> str:
-    """The installed version; a source tree that was never installed has none."""
-    return _version_of("rpg_fast") or "(not installed)"
 
 
 def _version_of(distribution: str) -> str | None:
@@ -80,7 +76,7 @@ def collect() -> dict[str, Any]:
     extension = _extension.load()
     return {
         "versions": {
-            "rpg_fast": version(),
+            "rpg_fast": rpg_fast.__version__,
             "torch": torch.__version__,
             "triton": _version_of("triton"),
             "python": platform.python_version(),
