@@ -1,4 +1,5 @@
-"""Fast kernels for rank-aware pruning in PyTorch: the rank loss of RPG, batched truncated SVD, packed masks, masked optimizers."""
+"""Fast kernels for rank-aware pruning in PyTorch: the rank loss of RPG, batched truncated SVD, packed masks, masked
+optimizers."""
 
 from rpg_fast.grouping import prunable_weights
 from rpg_fast.masks import (

@@ -1,13 +1,16 @@
 """The table of ops: schema, fake, and the plain-torch reference as the default on every device.
 
-Backends implement these leaves and nothing else: C++ and CUDA register kernels in `csrc/`, Triton in `rpg_fast/kernels/`; the
-dispatcher picks a kernel by device. A missing extension leaves the reference. `python -m rpg_fast` prints who serves what.
+Backends implement these leaves and nothing else: C++ and CUDA register kernels in `csrc/`, Triton in
+`rpg_fast/kernels/`; the dispatcher picks a kernel by device. A missing extension leaves the reference. `python -m
+rpg_fast` prints who serves what.
 
 Conventions of the table
     bits       one uint8 buffer [nbytes]; bit i of the segment that starts at byte `offsets[b]` (bit ``i % 8`` of byte
-               ``offsets[b] + i // 8``) belongs to element i, in row-major order of the view that is passed, of the b-th tensor.
-               Segments start at multiples of `masks.SEGMENT_BYTES`; padding bits are zero. An offset of -1 means "no mask".
-    0-d        `tail_energy`, `weight`, `lr`, `scale` are 0-d tensors, on the CPU (a constant) or on the device (live in a graph).
+               ``offsets[b] + i // 8``) belongs to element i, in row-major order of the view that is passed, of the
+               b-th tensor. Segments start at multiples of `masks.SEGMENT_BYTES`; padding bits are zero. An offset of
+               -1 means "no mask".
+    0-d        `tail_energy`, `weight`, `lr`, `scale` are 0-d tensors, on the CPU (a constant) or on the device (live in
+               a captured graph).
     projector  the matrices N_b = -2 ((1 - e) I - P), [m_b, m_b] row-major one after another in one flat buffer.
 """
 
@@ -39,7 +42,7 @@ def _no_output(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------- rank loss
+# ------------------------------------------------------------ rank loss
 
 
 def _rank_project_fake(weights: list[Tensor], tail_energy: Tensor, min_sparsity: float) -> tuple[Tensor, ...]:
@@ -72,8 +75,8 @@ _define(
     lambda weights, projector, inv_norms, shares, weight: [torch.empty_like(w) for w in weights],
 )
 _define(
-    "rank_apply_(Tensor(a!)[] grads, Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares, Tensor weight)"
-    " -> ()",
+    "rank_apply_(Tensor(a!)[] grads, Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares,"
+    " Tensor weight) -> ()",
     reference.rank_apply_,
     _no_output,
 )
@@ -102,7 +105,7 @@ torch.library.register_autograd(
 torch.library.register_autograd(f"{NAMESPACE}::rank_apply", _apply_backward, lib=_library)
 
 
-# -------------------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------ masks
 
 _define(
     "pack(Tensor[] masks, int[] offsets, int nbytes) -> Tensor",
@@ -125,27 +128,28 @@ _define(
     _no_output,
 )
 _define(
-    "select_topk(Tensor[] scores, Tensor counts, int[] offsets, int nbytes, Tensor? eligible, bool absolute, bool per_tensor)"
-    " -> Tensor",
+    "select_topk(Tensor[] scores, Tensor counts, int[] offsets, int nbytes, Tensor? eligible, bool absolute,"
+    " bool per_tensor) -> Tensor",
     reference.select_topk,
     lambda scores, counts, offsets, nbytes, eligible, absolute, per_tensor: scores[0].new_empty(
         nbytes, dtype=torch.uint8
     ),
 )
 
-# --------------------------------------------------------------------------------------------------------------- optimizers
+# ------------------------------------------------------------ optimizers
 
 _define(
-    "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? bits, int[] offsets, Tensor lr,"
-    " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step,"
+    "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? bits, int[] offsets,"
+    " Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step,"
     " Tensor? grad_scale, Tensor? found_inf) -> ()",
     reference.masked_sgd_,
     _no_output,
 )
 _define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor? bits, int[] offsets, Tensor lr, float beta1, float beta2,"
-    " float eps, float weight_decay, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor? bits, int[] offsets, Tensor lr, float beta1,"
+    " float beta2, float eps, float weight_decay, bool amsgrad, bool maximize, Tensor? grad_scale,"
+    " Tensor? found_inf) -> ()",
     reference.masked_adamw_,
     _no_output,
 )

@@ -1,12 +1,11 @@
-"""Weights of any shape and layout, seen as matrices, as flat memory, and as groups of equal short side. Views, never copies,
-wherever the layout allows one."""
+"""Weights of any shape and layout, seen as matrices, as flat memory, and as groups of equal short side. Views, never
+copies, wherever the layout allows one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 Selector = str | type | Callable[[str, nn.Module], bool]
@@ -21,12 +20,13 @@ def prunable_weights(
     include: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear),
     exclude: Sequence[Selector] | Selector = (),
 ) -> dict[str, nn.Parameter]:
-    """The weights of `model` that may be pruned, as an ordered ``{qualified name: Parameter}``; a shared weight appears once.
+    """The weights of `model` that may be pruned, as an ordered ``{qualified name: Parameter}``; a shared weight
+    appears once.
 
     Args:
         include: module types whose `weight` is taken.
-        exclude: one or several of: a regular expression (searched in the qualified weight name, e.g. ``"^fc"``), a module
-            type, or a predicate ``(module name, module) -> bool``.
+        exclude: one or several of: a regular expression (searched in the qualified weight name, e.g. ``"^fc"``), a
+            module type, or a predicate ``(module name, module) -> bool``.
 
     Raises:
         ValueError: an `exclude` entry matches nothing (a misspelt name would otherwise be pruned in silence).
@@ -101,8 +101,9 @@ def _describe(value: object) -> str:
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions of `tensor` from the slowest to the fastest in memory; the identity for a contiguous tensor, (0, 2, 3, 1)
-    for a channels_last one. Dimensions of size one keep their place beside the dimension that follows them."""
+    """The dimensions of `tensor` from the slowest to the fastest in memory; the identity for a contiguous tensor,
+    (0, 2, 3, 1) for a channels_last one. Dimensions of size one keep their place beside the dimension that follows
+    them."""
     if tensor.is_contiguous():
         return tuple(range(tensor.dim()))
     strides = list(tensor.stride())
@@ -118,8 +119,9 @@ def as_it_lies(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def matrix_view(weight: Tensor) -> Tensor:
-    """`weight` [out, ...] as a matrix [out, rest], its columns in the order in which they lie in memory (a permutation of the
-    columns changes neither X X^T nor the singular values). A view where one exists: contiguous, channels_last, sliced."""
+    """`weight` [out, ...] as a matrix [out, rest], its columns in the order in which they lie in memory (a
+    permutation of the columns changes neither X X^T nor the singular values). A view where one exists: contiguous,
+    channels_last, sliced."""
     if weight.dim() == 2:
         return weight
     order = [d for d in memory_order(weight) if d != 0]
@@ -169,7 +171,8 @@ def groups_of_equal_m(weights: Sequence[Tensor]) -> dict[int, list[int]]:
 
 
 def projector_offsets(weights: Sequence[Tensor]) -> list[int]:
-    """Where each m x m projector starts in the flat workspace, in elements; the last entry is the workspace's length."""
+    """Where each m x m projector starts in the flat workspace, in elements; the last entry is the workspace's
+    length."""
     offsets = [0]
     for weight in weights:
         offsets.append(offsets[-1] + short_side(weight) ** 2)

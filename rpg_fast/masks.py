@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-import math
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ NamedWeights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskLayout:
-    """Where the bits of each weight lie in the one buffer: a segment per weight, its bits in the weight's memory order."""
+    """Where the bits of each weight lie in the one buffer: a segment per weight, its bits in the weight's memory
+    order."""
 
     shapes: tuple[tuple[int, ...], ...]
     orders: tuple[tuple[int, ...], ...]  # dimensions from slowest to fastest in memory
@@ -73,14 +74,15 @@ class MaskLayout:
         absolute: bool = False,
         per_tensor: bool = True,
     ) -> Tensor:
-        """The bits [nbytes] of the `counts` best eligible scores, per weight or over all (see `reference.select_topk`)."""
+        """The bits [nbytes] of the `counts` best eligible scores, per weight or over all (see
+        `reference.select_topk`)."""
         views = self.views(scores)
         return torch.ops.rpg_fast.select_topk(views, counts, self.offsets, self.nbytes, eligible, absolute, per_tensor)
 
 
 class PackedMasks:
-    """One bit per weight for an ordered ``{name: Tensor}``, in one buffer, as the weights lie in memory; all ones at first. The
-    tensors are kept, so that optimizers find the mask of a parameter.
+    """One bit per weight for an ordered ``{name: Tensor}``, in one buffer, as the weights lie in memory; all ones at
+    first. The tensors are kept, so that optimizers find the mask of a parameter.
 
     Args:
         weights: the masked tensors by name, of any layout, on one device.
@@ -170,8 +172,8 @@ class PackedMasks:
 
 @torch.no_grad()
 def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: float | Tensor | None = None) -> None:
-    """Masked gradient application: every `.grad` becomes ``scale * grad`` where its mask is one, 0 elsewhere (also where it was
-    NaN or inf). Parameters without a mask are only scaled, those without a gradient skipped.
+    """Masked gradient application: every `.grad` becomes ``scale * grad`` where its mask is one, 0 elsewhere (also
+    where it was NaN or inf). Parameters without a mask are only scaled, those without a gradient skipped.
 
     Args:
         params: parameters of any layout; those that `masks` holds are masked.
@@ -196,7 +198,7 @@ def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: floa
     torch.ops.rpg_fast.mask_(views, masks.bits, offsets, scale)
 
 
-# ----------------------------------------------------------------------------------------------------------- one mask at a time
+# ------------------------------------------------------------ one mask at a time
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -208,8 +210,8 @@ def topk_mask(scores: Tensor, sparsity: float | Tensor) -> Tensor:
     """The bool mask of the best scores, with exactly floor(sparsity * n + 0.5) zeros.
 
     Args:
-        scores: any shape and real floating-point dtype; the larger the better, NaN above all. Ties go to the lower index in
-            memory order (row-major for a contiguous tensor).
+        scores: any shape and real floating-point dtype; the larger the better, NaN above all. Ties go to the lower
+            index in memory order (row-major for a contiguous tensor).
         sparsity: fraction of zeros in [0, 1], a float or a 0-d tensor.
 
     Raises:
@@ -229,8 +231,8 @@ def topk_mask(scores: Tensor, sparsity: float | Tensor) -> Tensor:
 
 
 def prune_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, *, drop_fraction: float) -> Tensor:
-    """RigL's update of one mask (Evci et al., ICML 2020): of `active` ones, n_grow = floor(drop_fraction * active) are dropped and
-    as many grown, so the count does not change.
+    """RigL's update of one mask (Evci et al., ICML 2020): of `active` ones, n_grow = floor(drop_fraction * active)
+    are dropped and as many grown, so the count does not change.
 
     Args:
         mask: bool, any shape.
@@ -267,7 +269,8 @@ def drop_and_grow(
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`prune_and_grow` for all weights of a layout at once: the bits that stay and the bits that are grown, disjoint."""
+    """`prune_and_grow` for all weights of a layout at once: the bits that stay and the bits that are grown,
+    disjoint."""
     active = layout.popcount(bits)  # [B]
     n_grow = (active.double() * drop_fraction).floor().long()
     kept = layout.select(drop_scores, active - n_grow, eligible=bits, absolute=absolute)
@@ -286,7 +289,7 @@ def _check_scores(name: str, scores: Tensor) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- distributions
+# ------------------------------------------------------------ distributions
 
 
 def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
@@ -296,12 +299,12 @@ def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
 
 
 def erk(weights: NamedWeights, sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel (Mocanu et al. 2018, Evci et al. 2020): the density of a weight [out, in, ...] is proportional to
-    (sum of its dimensions) / (product of its dimensions), at most 1.
+    """Erdos-Renyi-Kernel (Mocanu et al. 2018, Evci et al. 2020): the density of a weight [out, in, ...] is
+    proportional to (sum of its dimensions) / (product of its dimensions), at most 1.
 
     Returns:
-        {name: fraction of zeros}, each a whole number of zeros over the weight's size, so that the zeros of all weights together
-        are exactly floor(sparsity * n + 0.5).
+        {name: fraction of zeros}, each a whole number of zeros over the weight's size, so that the zeros of all
+        weights together are exactly floor(sparsity * n + 0.5).
 
     Raises:
         ValueError: sparsity outside [0, 1].
@@ -332,8 +335,8 @@ def global_magnitude(weights: NamedWeights, sparsity: float) -> dict[str, Tensor
     """The sparsity that one magnitude threshold over all weights together gives each of them.
 
     Returns:
-        {name: 0-d float64 tensor on the weights' device}; the zeros of all weights are exactly floor(sparsity * n + 0.5), ties go to
-        the earlier weight and the lower index in memory order.
+        {name: 0-d float64 tensor on the weights' device}; the zeros of all weights are exactly floor(sparsity * n +
+        0.5), ties go to the earlier weight and the lower index in memory order.
 
     Raises:
         ValueError: no weights, several devices, sparsity outside [0, 1].

@@ -119,16 +119,17 @@ def _check_not_negative(**values: float | Tensor) -> None:
 
 
 class MaskedSGD(_MaskedOptimizer):
-    """torch.optim.SGD that masks gradient, momentum and weight in its one pass: a pruned weight is exactly zero after every step,
-    and so is its momentum.
+    """torch.optim.SGD that masks gradient, momentum and weight in its one pass: a pruned weight is exactly zero
+    after every step, and so is its momentum.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD; `lr` may be a 0-d tensor.
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD; `lr` may be a 0-d
+            tensor.
         masks: the `PackedMasks` of some of the parameters; `set_masks` changes them.
 
-    float32, float64, bfloat16 and float16 parameters; 16-bit ones step in float32 and keep a float32 momentum. With a GradScaler,
-    unscaling and skipping happen inside the step, without a host synchronisation; with dampening, a first step that is skipped
-    leaves a zero momentum behind where torch would leave none.
+    float32, float64, bfloat16 and float16 parameters; 16-bit ones step in float32 and keep a float32 momentum. With
+    a GradScaler, unscaling and skipping happen inside the step, without a host synchronisation; with dampening, a
+    first step that is skipped leaves a zero momentum behind where torch would leave none.
 
     Equivalent to::
 
@@ -192,14 +193,15 @@ class MaskedSGD(_MaskedOptimizer):
 
 
 class MaskedAdamW(_MaskedOptimizer):
-    """torch.optim.AdamW that masks gradient, moments and weight in its one pass: a pruned weight is exactly zero after every step,
-    and so are its moments.
+    """torch.optim.AdamW that masks gradient, moments and weight in its one pass: a pruned weight is exactly zero
+    after every step, and so are its moments.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; `lr` may be a 0-d tensor.
         masks: the `PackedMasks` of some of the parameters; `set_masks` changes them.
 
-    Dtypes and GradScaler as in `MaskedSGD`. The step counts are tensors on the parameters' device (torch's `capturable`).
+    Dtypes and GradScaler as in `MaskedSGD`. The step counts are tensors on the parameters' device (torch's
+    `capturable`).
 
     Equivalent to: torch.optim.AdamW between the maskings that `MaskedSGD` shows, of `exp_avg` and `exp_avg_sq` as well.
     """

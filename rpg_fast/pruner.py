@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from rpg_fast import grouping, masks as _masks
+from rpg_fast import grouping
+from rpg_fast import masks as _masks
 from rpg_fast.masks import PackedMasks, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
 from rpg_fast.rank_loss import RankState, add_rank_grad_
@@ -19,14 +20,19 @@ from rpg_fast.schedules import ConstantSparsity, CosineDrop, ExponentialSparsity
 
 Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
 
-SCHEDULES = {"constant": ConstantSparsity, "polynomial": PolynomialSparsity, "exponential": ExponentialSparsity}
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": ConstantSparsity,
+    "polynomial": PolynomialSparsity,
+    "exponential": ExponentialSparsity,
+}
 DISTRIBUTIONS = ("global_magnitude", "erk", "uniform")
 CRITERIA = ("rigl", "set", "gmp")
 
 
 @dataclass(frozen=True)
 class PruneStats:
-    """Counts per weight, int64 [B] on the device, in the order of `names`; reading a tensor's values is what synchronises.
+    """Counts per weight, int64 [B] on the device, in the order of `names`; reading a tensor's values is what
+    synchronises.
 
     Attributes:
         total, active: size and ones of each mask.
@@ -50,18 +56,19 @@ class PruneStats:
 class RankPruner:
     """Gradual pruning with regrowth (RigL) steered by the adversarial rank loss (RPG, Zhang et al., NeurIPS 2023)::
 
-        pruner = RankPruner(model, optimizer, sparsity=0.98, total_steps=len(loader) * epochs, rank_weight=4.0, tail_energy=0.2)
+        pruner = RankPruner(model, optimizer, sparsity=0.98, total_steps=len(loader) * epochs, rank_weight=4.0)
         for x, y in loader:
             criterion(model(x), y).backward()     # any number of micro-batches
             if pruner.step():                     # False on a topology step: the optimizer is not stepped then
                 optimizer.step()
             optimizer.zero_grad()
 
-    A topology update prunes to the schedule's sparsity by magnitude, then drops the smallest weights and grows as many where the
-    gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at zero with zero optimizer state,
-    dropped ones that grow again too. Counts are exact, ties go to the lower index, the target is reached exactly. If a gradient is
-    not finite, nothing changes at that update, which the device decides; the schedule depends on the step alone, so the next
-    update catches up. Gradients carry no hooks and `optimizer.step` is not patched: the masks work through `.grad`.
+    A topology update prunes to the schedule's sparsity by magnitude, then drops the smallest weights and grows as
+    many where the gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at
+    zero with zero optimizer state, dropped ones that grow again too. Counts are exact, ties go to the lower index,
+    the target is reached exactly. If a gradient is not finite, nothing changes at that update, which the device
+    decides; the schedule depends on the step alone, so the next update catches up. Gradients carry no hooks and
+    `optimizer.step` is not patched: the masks work through `.grad`.
 
     Args:
         model: its convolutions and linear layers are pruned, its convolutions get the rank loss.
@@ -70,21 +77,24 @@ class RankPruner:
         sparsity: final fraction of zeros, in [0, 1).
         total_steps: calls of `step` in the whole training.
         weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
-        distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities ``{name: float}``.
+        distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities
+            ``{name: float}``.
         criterion: what grows: "rigl" (largest gradient), "set" (random), "gmp" (nothing: gradual magnitude pruning).
-        schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object, which then
-            defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
+        schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object,
+            which then defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
         update_every: steps between topology updates.
-        prune_until, update_until: fractions of `total_steps`: until when the sparsity grows, until when weights are dropped and grown.
-        drop_fraction: fraction of the active weights dropped at the first update, decaying to 0 at `update_until` by a cosine.
+        prune_until, update_until: fractions of `total_steps`: until when the sparsity grows, until when weights are
+            dropped and grown.
+        drop_fraction: fraction of the active weights dropped at the first update, decaying to 0 at `update_until` by
+            a cosine.
         rank_weight: factor of the rank loss, a float or a 0-d tensor; 0 turns it off.
         tail_energy, rank_method, min_sparsity: see `rank_loss`.
-        rank_every: "update": the rank gradient takes part in topology steps only, as published, so it only steers growth; an integer
-            N: in every N-th step.
+        rank_every: "update": the rank gradient takes part in topology steps only, as published, so it only steers
+            growth; an integer N: in every N-th step.
         rank_layers: ``{name: Parameter}`` that get the rank loss, default: the model's convolutions.
         semantics: "corrected".
-        process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all ranks) after
-            every update. Gradients must have been reduced.
+        process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all
+            ranks) after every update. Gradients must have been reduced.
         generator: source of randomness for "set".
 
     Attributes:
@@ -92,8 +102,8 @@ class RankPruner:
         rank_state: the `RankState` with the ranks of `rank_layers`. step_count: calls of `step` so far.
 
     Raises:
-        ValueError, TypeError: an option out of its range or unknown, a weight that the optimizer does not hold, too few steps for
-            one update.
+        ValueError, TypeError: an option out of its range or unknown, a weight that the optimizer does not hold, too
+            few steps for one update.
     """
 
     def __init__(
@@ -181,8 +191,8 @@ class RankPruner:
         return SCHEDULES[schedule](sparsity=self.sparsity, every=update_every, end=end, until=until)
 
     def _plan_counts(self) -> Tensor:
-        """The ones after each pruning update, planned once so that no update copies from the host: int64 [updates + 1, B], or
-        [updates + 1, 1] under one global threshold."""
+        """The ones after each pruning update, planned once so that no update copies from the host: int64 [updates +
+        1, B], or [updates + 1, 1] under one global threshold."""
         schedule, numels = self.schedule, self.masks.layout.numels
         rows = []
         for n in range(schedule.updates + 1):
@@ -210,13 +220,14 @@ class RankPruner:
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # ------------------------------------------------------------------------------------------------------------
+    # the step
 
     @torch.no_grad()
     def step(self) -> bool:
-        """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then either updates the
-        topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The masked optimizers mask in their own
-        step, so `.grad` stays dense for them. Nothing here waits for the device."""
+        """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then
+        either updates the topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The
+        masked optimizers mask in their own step, so `.grad` stays dense for them. Nothing here waits for the device."""
         self.step_count += 1
         update = self.schedule.is_update_step(self.step_count)
         due = update if self.rank_every == "update" else self.step_count % int(self.rank_every) == 0
@@ -290,7 +301,8 @@ class RankPruner:
                 offsets.append(offset)
         torch.ops.rpg_fast.mask_(tensors, bits, offsets, None)
 
-    # --------------------------------------------------------------------------------------------------------- beside the step
+    # ---------------------------------------------------------------------------------------------------------
+    # beside the step
 
     @torch.no_grad()
     def apply_masks_(self) -> None:
@@ -299,8 +311,8 @@ class RankPruner:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Masks `.grad`, then clips the norm over all parameters of the optimizer as torch.nn.utils.clip_grad_norm_ does; after a
-        True `step`. Returns the total norm of the masked gradients before clipping, 0-d."""
+        """Masks `.grad`, then clips the norm over all parameters of the optimizer as torch.nn.utils.clip_grad_norm_
+        does; after a True `step`. Returns the total norm of the masked gradients before clipping, 0-d."""
         mask_gradients_(self.weights.values(), self.masks)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return nn.utils.clip_grad_norm_(params, max_norm)
@@ -320,8 +332,9 @@ class RankPruner:
 
     @torch.no_grad()
     def finalize(self) -> float:
-        """Ends the pruning: if training stopped before the schedule did, prunes to the final sparsity now (by magnitude, nothing
-        grows); zeroes everything outside the masks. Returns the exact overall sparsity; reading it waits for the device."""
+        """Ends the pruning: if training stopped before the schedule did, prunes to the final sparsity now (by
+        magnitude, nothing grows); zeroes everything outside the masks. Returns the exact overall sparsity; reading
+        it waits for the device."""
         bits = self._prune(self.schedule.begin + self.schedule.updates * self.schedule.every)
         self._synchronise(bits)
         self.masks.bits.copy_(bits)

@@ -66,10 +66,11 @@ def rank_loss(
 ) -> Tensor:
     """The adversarial rank loss of RPG (Zhang et al., NeurIPS 2023): minimising it raises the rank of the weights.
 
-    Every weight W [out, ...] is seen as a matrix [out, rest], Wn = W / ||W||_F. Wn_k is its best approximation of rank k, where
-    k leaves the tail energy ||Wn - Wn_k||_F^2 nearest to `tail_energy` (the larger k on a tie). The loss is the mean of
-    -||Wn - Wn_k||_F^2 over the active weights: not all-zero, and with at least `min_sparsity` of zeros. As published, the norm is
-    differentiated and the singular vectors are not; the gradient is a closed form, so no autograd runs through an SVD.
+    Every weight W [out, ...] is seen as a matrix [out, rest], Wn = W / ||W||_F. Wn_k is its best approximation of
+    rank k, where k leaves the tail energy ||Wn - Wn_k||_F^2 nearest to `tail_energy` (the larger k on a tie). The
+    loss is the mean of -||Wn - Wn_k||_F^2 over the active weights: not all-zero, and with at least `min_sparsity` of
+    zeros. As published, the norm is differentiated and the singular vectors are not; the gradient is a closed form,
+    so no autograd runs through an SVD.
 
     Args:
         weights: a module (its convolutions, as in the paper), a mapping, or an iterable of tensors [out, ...]; float32,
@@ -78,18 +79,18 @@ def rank_loss(
         method: "exact" (Gram matrix and eigendecomposition in float64); "auto" takes it.
         precision: "fp32" or "fast"; "exact" is float64 inside either way.
         state: a `RankState`, filled with ranks and tail energies.
-        refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the gradient then
-            uses the current weights with the last projectors, the value is the last one.
+        refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the
+            gradient then uses the current weights with the last projectors, the value is the last one.
         min_sparsity: weights with a smaller fraction of zeros take no part (0: all do).
         generator: source of randomness for randomised methods; "exact" draws nothing.
 
     Returns:
-        0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once. 0 with a zero gradient if every
-        weight is all-zero. A weight with NaN or inf makes the loss NaN, and its own gradient only.
+        0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once. 0 with a zero
+        gradient if every weight is all-zero. A weight with NaN or inf makes the loss NaN, and its own gradient only.
 
     Raises:
-        ValueError, TypeError: no weights, fewer than two dimensions, no floating-point tensors, several devices, or an option
-            out of its range. Calling backward twice through (double backward) raises RuntimeError.
+        ValueError, TypeError: no weights, fewer than two dimensions, no floating-point tensors, several devices, or
+            an option out of its range. Calling backward twice through (double backward) raises RuntimeError.
 
     Equivalent to::
 
@@ -121,7 +122,8 @@ def add_rank_grad_(
     min_sparsity: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Adds `weight` times the gradient of `rank_loss` to the `.grad` of every weight in one fused pass, without a graph.
+    """Adds `weight` times the gradient of `rank_loss` to the `.grad` of every weight in one fused pass, without a
+    graph.
 
     A `.grad` of None becomes the gradient itself. `weight` is a float or a 0-d tensor; all else is as in `rank_loss`.
 

@@ -1,7 +1,8 @@
 """What every op means, in plain torch. A kernel is right if and only if it agrees with the function of its name here.
 
-Sources: [RPG] Zhang et al., "Towards Higher Ranks via Adversarial Weight Pruning", NeurIPS 2023. [RigL] Evci et al., "Rigging
-the Lottery", ICML 2020. Letters: B matrices X [m, n] with m <= n the short side, k the rank, e the tail energy.
+Sources: [RPG] Zhang et al., "Towards Higher Ranks via Adversarial Weight Pruning", NeurIPS 2023. [RigL] Evci et al.,
+"Rigging the Lottery", ICML 2020. Letters: B matrices X [m, n] with m <= n the short side, k the rank, e the tail
+energy.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rank loss
+# ------------------------------------------------------------ rank loss
 
 
 def nearest_rank(energies: Tensor, tail_energy: Tensor) -> tuple[Tensor, Tensor]:
-    """[RPG]'s rank rule: the k in 0..m-1 whose tail energy, the sum of all but the k largest, is nearest to the target; on a
-    tie the larger k.
+    """[RPG]'s rank rule: the k in 0..m-1 whose tail energy, the sum of all but the k largest, is nearest to the
+    target; on a tie the larger k.
 
     Args:
         energies: [..., m] squared singular values over their sum, descending.
@@ -43,8 +44,8 @@ def nearest_rank(energies: Tensor, tail_energy: Tensor) -> tuple[Tensor, Tensor]
 
 
 def normalised_gram(X: Tensor) -> tuple[Tensor, Tensor]:
-    """G = X X^T / ||X||_F^2 [m, m] in float64 and ||X||_F (0-d): exact products of float32 weights, no overflow or underflow at
-    any scale. G is zero where X is zero or not finite; the norm is NaN where X is not finite."""
+    """G = X X^T / ||X||_F^2 [m, m] in float64 and ||X||_F (0-d): exact products of float32 weights, no overflow or
+    underflow at any scale. G is zero where X is zero or not finite; the norm is NaN where X is not finite."""
     peak = X.abs().amax().double()
     finite = peak.isfinite()
     scale = torch.where(finite & (peak > 0), peak, 1.0)
@@ -69,8 +70,8 @@ def rank_project(
         tail_energies: float64 [B], e; 0 for an all-zero weight, NaN for one that is not finite.
         ranks: int64 [B], k; 0 for an all-zero weight, -1 for one that is not finite.
         inv_norms: float64 [B], 1 / ||W||_F; 0 for an all-zero weight.
-        shares: float64 [B], 1 / (number of active weights), 0 for an inactive one. Active: not all-zero, and a fraction of
-            zeros of at least `min_sparsity`.
+        shares: float64 [B], 1 / (number of active weights), 0 for an inactive one. Active: not all-zero, and a
+            fraction of zeros of at least `min_sparsity`.
         projector: [sum m_b^2], the N_b.
     """
     device, dtype = weights[0].device, accumulation_dtype(weights)
@@ -148,13 +149,14 @@ def rank_apply_(
     shares: Tensor,
     weight: Tensor,
 ) -> None:
-    """Adds what `rank_apply` returns to `grads`, in their dtypes and layouts; inactive weights' gradients are not touched."""
+    """Adds what `rank_apply` returns to `grads`, in their dtypes and layouts; inactive weights' gradients are not
+    touched."""
     precise = [w.to(projector.dtype) for w in weights]
     for grad, addend in zip(grads, rank_apply(precise, projector, inv_norms, shares, weight), strict=True):
         grad.add_(addend)
 
 
-# -------------------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------ masks
 
 
 def _segment(bits: Tensor, offset: int, numel: int) -> Tensor:
@@ -220,9 +222,10 @@ def select_topk(
     absolute: bool,
     per_tensor: bool,
 ) -> Tensor:
-    """The bits, uint8 [nbytes], of the `counts` best eligible elements: per tensor (counts int64 [B]), or over all tensors as
-    one (counts int64 [1]). Order: score (its magnitude if `absolute`), NaN above all; ties go to the lower index, of the lower
-    tensor. A count above the number of eligible elements takes them all, a negative one takes none."""
+    """The bits, uint8 [nbytes], of the `counts` best eligible elements: per tensor (counts int64 [B]), or over all
+    tensors as one (counts int64 [1]). Order: score (its magnitude if `absolute`), NaN above all; ties go to the
+    lower index, of the lower tensor. A count above the number of eligible elements takes them all, a negative one
+    takes none."""
     keys = [sort_keys(score, absolute) for score in scores]
     if eligible is not None:
         never = torch.iinfo(torch.int64).min
@@ -244,7 +247,7 @@ def _best(keys: Tensor, count: Tensor) -> Tensor:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- optimizers
+# ------------------------------------------------------------ optimizers
 
 
 def _unscaled(grad: Tensor, param: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
@@ -276,8 +279,9 @@ def masked_sgd_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of torch.optim.SGD whose gradient, momentum and weight are zero where the mask is. `momentum_buffers` is empty
-    without momentum; `first_step` sets them to the gradient, as torch does. Nothing changes where `found_inf` is not 0."""
+    """One step of torch.optim.SGD whose gradient, momentum and weight are zero where the mask is. `momentum_buffers`
+    is empty without momentum; `first_step` sets them to the gradient, as torch does. Nothing changes where
+    `found_inf` is not 0."""
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         p = param.to(accumulation_dtype([param]))
         g = _unscaled(grad, param, grad_scale, maximize)
@@ -312,8 +316,9 @@ def masked_adamw_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of torch.optim.AdamW whose gradient, moments and weight are zero where the mask is. `steps` are 0-d float32
-    tensors, counted up here; `max_exp_avg_sqs` is empty without amsgrad. Nothing changes where `found_inf` is not 0."""
+    """One step of torch.optim.AdamW whose gradient, moments and weight are zero where the mask is. `steps` are 0-d
+    float32 tensors, counted up here; `max_exp_avg_sqs` is empty without amsgrad. Nothing changes where `found_inf`
+    is not 0."""
     for i, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         g = _masked(_unscaled(grad, param, grad_scale, maximize), bits, offsets[i])
         p = param.to(g.dtype)

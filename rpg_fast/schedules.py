@@ -1,13 +1,14 @@
 """When and how far to prune: functions of the step alone, so that a resumed or skipped update catches up.
 
-Steps count from 1. A sparsity schedule prunes at every `every`-th step; of its U = (end - begin) // every pruning updates the last
-one reaches `sparsity` exactly. Topology updates (drop and grow) may go on at the reached sparsity until `until`.
+Steps count from 1. A sparsity schedule prunes at every `every`-th step; of its U = (end - begin) // every pruning
+updates the last one reaches `sparsity` exactly. Topology updates (drop and grow) may go on at the reached sparsity
+until `until`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 import math
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class _Schedule:
             raise ValueError(f"every must be at least 1 step, got {self.every}")
         if self.begin < 0 or self.begin + self.every > self.end:
             raise ValueError(
-                f"no update fits: begin={self.begin}, end={self.end}, every={self.every}; wanted 0 <= begin <= end - every"
+                f"no update fits: begin={self.begin}, end={self.end}, every={self.every}; "
+                "wanted 0 <= begin <= end - every"
             )
 
     @property
@@ -74,8 +76,8 @@ class PolynomialSparsity(_Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialSparsity(_Schedule):
-    """1 - d^x, d = 1 - sparsity the final density, x the fraction of updates done: RPG's schedule, where every update keeps the same
-    fraction of what is left (the published code lags one update behind)."""
+    """1 - d^x, d = 1 - sparsity the final density, x the fraction of updates done: RPG's schedule, where every
+    update keeps the same fraction of what is left (the published code lags one update behind)."""
 
     def __call__(self, step: int) -> float:
         """The sparsity at `step`."""

@@ -24,20 +24,21 @@ def svd_lowrank(
 def svd_lowrank(
     A: Tensor | Sequence[Tensor], q: int, niter: int = 2, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The q largest singular triplets of each matrix by randomised power iteration (Halko, Martinsson, Tropp, SIAM Review 2011,
-    algorithms 4.4 and 5.1): a Gaussian sketch of q + 8 columns, `niter` products with A A^T, orthonormalised in between, and the
-    SVD of the small projected matrix. Accurate where the spectrum falls off; a flat one needs more iterations.
+    """The q largest singular triplets of each matrix by randomised power iteration (Halko, Martinsson, Tropp, SIAM
+    Review 2011, algorithms 4.4 and 5.1): a Gaussian sketch of q + 8 columns, `niter` products with A A^T,
+    orthonormalised in between, and the SVD of the small projected matrix. Accurate where the spectrum falls off; a
+    flat one needs more iterations.
 
     Args:
-        A: [..., m, n], or a list of matrices [..., m_i, n_i] of different shapes (equal ones are batched); wide or tall;
-            float32 or float64, or 16 bits (then float32 inside).
+        A: [..., m, n], or a list of matrices [..., m_i, n_i] of different shapes (equal ones are batched); wide or
+            tall; float32 or float64, or 16 bits (then float32 inside).
         q: number of triplets, 1 <= q <= min(m, n).
         niter: power iterations, >= 0.
         generator: source of the sketch, on A's device; the same state gives the same result.
 
     Returns:
-        U [..., m, q], S [..., q] descending, V [..., n, q] with A ~ U diag(S) V^T, in A's dtype; lists of them for a list. A matrix
-        with NaN or inf gives NaN in its own triplets only.
+        U [..., m, q], S [..., q] descending, V [..., n, q] with A ~ U diag(S) V^T, in A's dtype; lists of them for a
+        list. A matrix with NaN or inf gives NaN in its own triplets only.
 
     Raises:
         ValueError: q or niter out of range, fewer than two dimensions. TypeError: no real floating-point tensor.
@@ -110,8 +111,8 @@ def tail_energy_rank(S: Tensor, tail_energy: float | Tensor, rule: Literal["near
     Args:
         S: [..., r] singular values, descending.
         tail_energy: the target in [0, 1], a float or a 0-d tensor.
-        rule: "nearest" (RPG): k in 0..r-1 with the tail nearest to the target, on a tie the larger k. "at_most" (TRP's energy
-            threshold): the smallest k in 0..r whose tail is at most the target.
+        rule: "nearest" (RPG): k in 0..r-1 with the tail nearest to the target, on a tie the larger k. "at_most"
+            (TRP's energy threshold): the smallest k in 0..r whose tail is at most the target.
 
     Returns:
         int64 [...]; 0 for an all-zero spectrum, -1 for one with NaN or inf.
