@@ -116,7 +116,7 @@ def split_pairs(values: Tensor, scales: Tensor, plan: TilePlan) -> Tensor:
 
 def join_pairs(pairs: Tensor) -> Tensor:
     """fp32 [numel] from pairs [2, numel]; the scale is the caller's."""
-    return pairs[0].float() + pairs[1].float() * LO_UNIT.value
+    return torch.add(pairs[0].float(), pairs[1], alpha=LO_UNIT.value)
 
 
 def grouped_product(

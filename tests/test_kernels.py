@@ -1,0 +1,274 @@
+"""Triton kernels: on the GPU where there is one, in Triton's interpreter elsewhere; and what ptxas makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from aot import ROOT, CompiledKernel, KernelSpec, compile_kernels
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from rpg_fast.kernels import grouped_product as gp  # noqa: E402
+
+# Triton 3.6's interpreter takes a loop bound as int(array of one element), which NumPy 2.4 refuses.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+if DEVICE == "cpu" and OLD_TRITON:
+    numpy = pytest.importorskip("numpy")
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip(
+            f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, got {numpy.__version__}",
+            allow_module_level=True,
+        )
+
+SIZES = (64, 96, 128, 147, 200, 1, 33)
+FP32_GRADE = 2e-6  # relative Frobenius error; single TF32 products are at 3e-4, single fp16 products at 5e-4
+
+
+def symmetric(m: int, seed: int) -> Tensor:
+    """Symmetric with a spectrum in [-1, 1], float64 [m, m]."""
+    a = torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a = a + a.T
+    return (a / torch.linalg.matrix_norm(a, ord=2)).float().double()
+
+
+def matrices(sizes: Sequence[int] = SIZES) -> list[Tensor]:
+    return [symmetric(m, seed) for seed, m in enumerate(sizes)]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float(torch.linalg.norm(got.cpu().double() - want) / torch.linalg.norm(want))
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Either storage of the kernel behind one face; the scales of pairs are 1 here, as in the filter."""
+
+    pairs: bool
+
+    def store(self, values: list[Tensor], plan: gp.TilePlan) -> Tensor:
+        flat = gp.pack(values, plan)
+        return gp.split_pairs(flat, torch.ones(len(values), device=DEVICE), plan) if self.pairs else flat
+
+    def load(self, stored: Tensor, plan: gp.TilePlan) -> list[Tensor]:
+        return gp.unpack(gp.join_pairs(stored) if self.pairs else stored, plan)
+
+
+both_storages = pytest.mark.parametrize("storage", [Storage(False), Storage(True)], ids=["fp32", "pairs"])
+both_blocks = pytest.mark.parametrize("block", [64, 128])
+
+
+@both_storages
+@both_blocks
+def test_square_matches_float64(storage: Storage, block: int) -> None:
+    plan = gp.plan_tiles(SIZES, block=block, device=DEVICE)
+    stored = storage.store(matrices(), plan)
+    out = torch.full_like(stored, torch.nan)
+    assert gp.grouped_product(stored, stored, plan, out=out) is out
+    assert not out.isnan().any(), "an element of the output was not written"
+    for a, got in zip(matrices(), storage.load(out, plan), strict=True):
+        assert relative_error(got, a @ a) < FP32_GRADE
+        assert torch.equal(got, got.T)
+    for start, p, m in zip(plan.starts, plan.padded, plan.sizes, strict=True):
+        padded = out[..., start : start + p * p].unflatten(-1, (p, p))
+        assert not padded[..., m:, :].any()
+        assert not padded[..., :, m:].any()
+
+
+@both_storages
+def test_polynomial_step_matches_float64(storage: Storage) -> None:
+    """X <- a X + (b A + c A A) X with A = X X, other coefficients for every matrix; the last addend is overwritten."""
+    plan = gp.plan_tiles(SIZES, device=DEVICE)
+    coefficients = torch.rand(3, len(SIZES), generator=torch.Generator().manual_seed(7)) * 4 - 2
+    a, b, c = coefficients.to(DEVICE)
+    x = storage.store(matrices(), plan)
+    square = gp.grouped_product(x, x, plan)
+    inner = gp.grouped_product(square, square, plan, alpha=c, addend=square, beta=b)
+    scratch = x.clone()
+    got = gp.grouped_product(inner, x, plan, addend=scratch, beta=a, out=scratch)
+    assert got is scratch
+    for value, result, (ai, bi, ci) in zip(
+        matrices(), storage.load(got, plan), coefficients.double().T.tolist(), strict=True
+    ):
+        power = value @ value
+        assert relative_error(result, ai * value + (bi * power + ci * power @ power) @ value) < FP32_GRADE
+
+
+@both_storages
+def test_same_bits_each_time(storage: Storage) -> None:
+    plan = gp.plan_tiles(SIZES, device=DEVICE)
+    stored = storage.store(matrices(), plan)
+    assert torch.equal(gp.grouped_product(stored, stored, plan), gp.grouped_product(stored, stored, plan))
+
+
+def test_scales_and_zero_matrices_in_one_launch() -> None:
+    factors = (1e12, 1e-12, 0.0, 1.0, 1e-6)
+    sizes = (64, 147, 96, 128, 33)
+    values = [(a * f).float().double() for a, f in zip(matrices(sizes), factors, strict=True)]
+    plan = gp.plan_tiles(sizes, device=DEVICE)
+    flat = gp.pack(values, plan)
+    for value, got in zip(values, gp.unpack(gp.grouped_product(flat, flat, plan), plan), strict=True):
+        if value.any():
+            assert relative_error(got, value @ value) < FP32_GRADE
+        else:
+            assert not got.any()
+
+
+def test_pairs_hold_scaled_matrices() -> None:
+    factors, sizes = (1e12, 1e-12, 0.0), (64, 147, 96)
+    values = [(a * f).float().double() for a, f in zip(matrices(sizes), factors, strict=True)]
+    plan = gp.plan_tiles(sizes, device=DEVICE)
+    flat = gp.pack(values, plan)
+    scales = gp.matrix_scales(flat, plan)
+    joined = gp.unpack(gp.join_pairs(gp.split_pairs(flat, scales, plan)), plan)
+    for value, scale, got in zip(values, scales.tolist(), joined, strict=True):
+        error = (got.cpu().double() - scale * value).abs()
+        assert bool((error <= 2.0**-22 * (scale * value).abs() + 2.0**-35).all())
+
+
+def test_scales_are_powers_of_two_for_any_magnitude() -> None:
+    largest = torch.tensor([3.4e38, 1.0, 1.999, 1e-30, 1.2e-38, 1e-45, 0.0])
+    plan = gp.plan_tiles([1] * len(largest), block=16, device=DEVICE)
+    scales = gp.matrix_scales(gp.pack([-value.view(1, 1) for value in largest], plan), plan).cpu()
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
+    scaled = (scales * largest)[:5]
+    assert bool(((scaled >= 1) & (scaled < 4)).all())
+    assert torch.equal(scaled[1:4] < 2, torch.ones(3, dtype=torch.bool))
+
+
+@both_storages
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_a_number_stays_in_its_matrix(storage: Storage, bad: float) -> None:
+    plan = gp.plan_tiles(SIZES, device=DEVICE)
+    clean = storage.store(matrices(), plan)
+    want = storage.load(gp.grouped_product(clean, clean, plan), plan)
+    values = matrices()
+    values[3][70, 5] = values[3][5, 70] = bad
+    dirty = storage.store(values, plan)
+    got = storage.load(gp.grouped_product(dirty, dirty, plan), plan)
+    for index, (one, other) in enumerate(zip(got, want, strict=True)):
+        if index == 3:
+            assert not one[70].isfinite().any()
+            assert not one[5].isfinite().any()
+        else:
+            assert torch.equal(one, other)
+
+
+def test_every_matrix_of_a_large_batch() -> None:
+    sizes = [16 * (b % 3 + 1) for b in range(20)]
+    plan = gp.plan_tiles(sizes, block=16, device=DEVICE)
+    flat = gp.pack(matrices(sizes), plan)
+    got = gp.unpack(gp.grouped_product(flat, flat, plan, block_k=16), plan)
+    assert all(relative_error(c, a @ a) < FP32_GRADE for a, c in zip(matrices(sizes), got, strict=True))
+
+
+def test_no_matrices() -> None:
+    plan = gp.plan_tiles([], device=DEVICE)
+    assert plan.tiles.shape == (0, 5)
+    assert gp.grouped_product(gp.pack([], plan), gp.pack([], plan), plan).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 20 GB on a GPU")
+@both_storages
+def test_offsets_past_two_to_the_31(storage: Storage) -> None:
+    plan = gp.plan_tiles((46_336, 1024, 64), device=DEVICE)
+    plan = dataclasses.replace(plan, tiles=plan.tiles[plan.tiles[:, 4] == 2].contiguous())  # only the last matrix
+    last = gp.plan_tiles((64,), device=DEVICE)
+    value = symmetric(64, 0)
+    small = storage.store([value], last)
+    stored = torch.zeros((*small.shape[:-1], plan.numel), dtype=small.dtype, device=DEVICE)
+    stored[..., -last.numel :] = small
+    scales = None if storage.pairs else torch.ones(3, device=DEVICE)
+    out = gp.grouped_product(stored, stored, plan, left_scale=scales, right_scale=scales)
+    assert relative_error(storage.load(out[..., -last.numel :].contiguous(), last)[0], value @ value) < FP32_GRADE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, v: {"left": v.double()}, "left must be contiguous .* got .*float64"),
+        (lambda p, v: {"right": v[:-1]}, "right must be contiguous"),
+        (lambda p, v: {"out": v}, "out shares memory"),
+        (lambda p, v: {"beta": torch.ones(2, device=DEVICE)}, "beta is given without an addend"),
+        (lambda p, v: {"alpha": torch.ones(3, device=DEVICE)}, r"alpha must be \(2,\)"),
+        (lambda p, v: {"block_k": 48}, "block_k must divide the plan's block 64, got 48"),
+        (lambda p, v: {"addend": torch.zeros(2, p.numel, device=DEVICE).half()}, "addend must be contiguous"),
+    ],
+)
+def test_bad_input_is_named(change, message: str) -> None:
+    plan = gp.plan_tiles([64, 65], device=DEVICE)
+    flat = gp.pack(matrices([64, 65]), plan)
+    arguments = {"left": flat, "right": flat, "plan": plan} | change(plan, flat)
+    with pytest.raises(ValueError, match=message):
+        gp.grouped_product(**arguments)
+
+
+def test_pairs_take_no_scales() -> None:
+    plan = gp.plan_tiles([64], device=DEVICE)
+    pairs = Storage(True).store(matrices([64]), plan)
+    with pytest.raises(ValueError, match="are for fp32 storage"):
+        gp.grouped_product(pairs, pairs, plan, left_scale=torch.ones(1, device=DEVICE))
+
+
+def test_bad_plans_are_named() -> None:
+    with pytest.raises(ValueError, match="got 0 in"):
+        gp.plan_tiles([64, 0])
+    with pytest.raises(ValueError, match="got 46337"):
+        gp.plan_tiles([46_337])
+    with pytest.raises(ValueError, match="power of two of at least 16, got 48"):
+        gp.plan_tiles([64], block=48)
+    with pytest.raises(ValueError, match=r"got shapes \[\(64, 63\)\]"):
+        gp.pack([torch.zeros(64, 63)], gp.plan_tiles([64]))
+
+
+def test_the_package_imports_no_triton() -> None:
+    code = "import sys, rpg_fast.kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def product_spec(arch: int, *, pairs: bool, block: int = 64, block_k: int = 32, num_warps: int = 4) -> KernelSpec:
+    """The kernel with every optional argument; the defaults are those of the launcher."""
+    storage = "*fp16" if pairs else "*fp32"
+    signature = dict.fromkeys(("left_ptr", "right_ptr", "addend_ptr", "out_ptr"), storage)
+    signature |= dict.fromkeys(("alpha_ptr", "beta_ptr"), "*fp32") | {"tiles_ptr": "*i32", "numel": "i32"}
+    constants = {"PAIRS": pairs, "BLOCK": block, "BLOCK_K": block_k}
+    scales = ("left_scale_ptr", "right_scale_ptr")
+    if pairs:
+        constants |= dict.fromkeys(scales)
+    else:
+        signature |= dict.fromkeys(scales, "*fp32")
+    kernel = "rpg_fast.kernels.grouped_product:_grouped_product_kernel"
+    return KernelSpec(kernel, arch, signature, constants, tuple(signature), num_warps=num_warps, num_stages=3)
+
+
+PRODUCT_SPECS = [product_spec(arch, pairs=pairs) for arch in (80, 90, 100) for pairs in (False, True)]
+PRODUCT_SPECS += [product_spec(90, pairs=pairs, block=128, num_warps=8) for pairs in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def compiled_products() -> list[CompiledKernel]:
+    return compile_kernels(PRODUCT_SPECS)
+
+
+def test_ahead_of_time_without_spills_on_tensor_cores(compiled_products: list[CompiledKernel]) -> None:
+    for kernel in compiled_products:
+        spec, constants = kernel.spec, kernel.spec.constants
+        print(
+            f"sm_{spec.arch} {'pairs' if constants['PAIRS'] else 'fp32 '} {constants['BLOCK']:3}x{constants['BLOCK_K']}"
+            f" warps {spec.num_warps}: {kernel.registers} registers, {kernel.shared} B shared, {kernel.instructions}"
+        )
+        if constants["BLOCK"] == 64:  # larger tiles are for the benchmark to try
+            assert (kernel.stack, kernel.local) == (0, 0), f"spills: {kernel}"
+        assert kernel.instructions, f"no tensor-core instruction: {kernel}"
+        if spec.arch == 90:
+            assert kernel.instructions.get("HGMMA"), f"no wgmma: {kernel}"
