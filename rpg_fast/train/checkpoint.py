@@ -17,7 +17,7 @@ from .models import ResNet, build_model
 
 SMALL_IMAGE = 64  # pixels; up to here the 7x7 stem and the max-pooling would throw too much away
 FORMAT = "rpg_fast.train/1"
-REQUIRED = {"state_dict": dict, "config": dict, "model": dict, "metrics": list}
+REQUIRED = {"state_dict": dict, "config": dict, "model": dict, "metrics": list, "trainer": dict}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

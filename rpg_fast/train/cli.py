@@ -6,7 +6,10 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from rpg_fast.pruner import CRITERIA, DISTRIBUTIONS, SCHEDULES
+from rpg_fast.rank_loss import Method
 
 from .config import DEFAULT_LR, TrainConfig, UserError
 from .data import DATASETS
@@ -34,13 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("matplotlib", "sklearn", "tqdm"):
-            raise
-        print(
-            f"rpg-fast {arguments.name}: error: {error.name} is missing: pip install rpg_fast[train]", file=sys.stderr
-        )
-        return 2
     except KeyboardInterrupt:
         print(f"rpg-fast {arguments.name}: interrupted", file=sys.stderr)
         return 130
@@ -54,18 +50,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="train a sparse network, and a dense one to compare it with",
         description="Trains a dense baseline and a sparse network of the same architecture. Without options: ResNet-20 "
         "on scikit-learn's handwritten digits, 98 %% sparse.",
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     train.set_defaults(command=_train, name="train")
     for add_group in (_data_options, _network_options, _training_options, _sparsity_options, _rank_options):
         add_group(train)
     _machine_options(train)
-    train.add_argument(
+    folder = train.add_argument_group("folder").add_mutually_exclusive_group()
+    folder.add_argument(
         "--out",
         type=Path,
-        default=argparse.SUPPRESS,
         metavar="DIR",
-        help="folder of the run, which must not exist (default: runs/<data>-<arch>-<sparsity>, numbered where taken)",
+        help="where the run is written; must not exist (default: runs/<data>-<arch>-<sparsity>, numbered where taken)",
+    )
+    folder.add_argument(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with the interrupted run in DIR, with its own options (only --device and --threads may be new)",
     )
 
     evaluate = commands.add_parser(
@@ -96,13 +99,13 @@ class _Group:
     def add(self, option: str, text: str, **kwargs: Any) -> None:
         """One option; the help shows its default unless that is None, which the text then explains."""
         default = DEFAULTS[option.lstrip("-").replace("-", "_")]
-        shown = "" if default is None else " (default: %(default)s)"
-        self.group.add_argument(option, default=default, help=text + shown, **kwargs)
+        shown = "" if default is None else f" (default: {default})"
+        self.group.add_argument(option, help=(text + shown).strip(), **kwargs)
 
     def flag(self, option: str, text: str) -> None:
-        name = option.lstrip("-").replace("-", "_")
-        both = argparse.BooleanOptionalAction if DEFAULTS[name] else "store_true"
-        self.group.add_argument(option, default=DEFAULTS[name], help=text, action=both)
+        default = DEFAULTS[option.lstrip("-").replace("-", "_")]
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        self.group.add_argument(option, help=text, action=action)
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -152,11 +155,14 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "sparsity")
     group.add("--sparsity", "fraction of zeros in all convolutions and linear layers at the end", type=float)
-    group.add("--distribution", "how it is shared among the layers: global_magnitude, erk or uniform", metavar="NAME")
-    group.add("--criterion", "what grows: rigl (largest gradient), set (random) ...", metavar="NAME")
-    group.add("--schedule", "how sparsity rises: exponential, polynomial or constant", metavar="NAME")
+    group.add("--distribution", "how it is shared among the layers", choices=DISTRIBUTIONS)
+    group.add("--criterion", "what grows: rigl largest gradients, set random, gmp nothing", choices=CRITERIA)
+    group.add("--schedule", "how sparsity rises", choices=tuple(SCHEDULES))
     group.add(
-        "--update-every", "steps between updates of the masks (100, or a 50th of a short run)", type=int, metavar="N"
+        "--update-every",
+        "steps between updates of the masks (100; a 50th of a short run, at least 5)",
+        type=int,
+        metavar="N",
     )
     group.add("--prune-until", "fraction of the run after which the final sparsity holds", type=float)
     group.add("--update-until", "fraction of the run after which the masks stay", type=float)
@@ -170,7 +176,7 @@ def _rank_options(parser: argparse.ArgumentParser) -> None:
     group.add("--rank-weight", "weight of the rank loss; 0 turns it off", type=float)
     group.add("--rank-every", "steps between its gradients, or update: on updates of the masks", type=_rank_every)
     group.add("--tail-energy", "the share of the spectrum's energy beyond rank k", type=float, metavar="FRACTION")
-    group.add("--rank-method", "exact, power or auto", metavar="NAME")
+    group.add("--rank-method", "how it is computed", choices=get_args(Method))
     group.add("--min-sparsity", "only layers at least this sparse take part", type=float)
 
 
@@ -188,13 +194,19 @@ def _rank_every(text: str) -> int | str:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    values = vars(arguments)
-    config = TrainConfig(**{name: values[name] for name in DEFAULTS})
+    given = vars(arguments)
+    options = {name: value for name, value in given.items() if name in DEFAULTS}
 
-    from .run import summary, train
+    from .run import resume, summary, train
 
-    result = train(config, values.get("out"))
-    print(summary(config, result))
+    if "resume" in given:
+        fixed = sorted(set(options) - {"device", "threads"})
+        if fixed:
+            raise UserError(f"--resume keeps the run's own options: leave out --{fixed[0].replace('_', '-')}")
+        result = resume(given["resume"], options)
+    else:
+        result = train(TrainConfig(**options), given.get("out"))
+    print(summary(result))
     return 0
 
 

@@ -138,12 +138,15 @@ class TrainConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            UserError: `values` has unknown names or values out of their range.
+            UserError: `values` has unknown names, or values of a wrong type or out of their range.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"the configuration has a value of a wrong type: {error}") from error
 
 
 def _one_of(option: str, value: object, known: Any) -> None:

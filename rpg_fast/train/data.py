@@ -51,7 +51,7 @@ class Dataset:
 def load_digits(image_size: int | None = None) -> Dataset:
     """Handwritten digits: 1,797 grey images of 8x8 pixels in 10 classes (Alpaydin and Kaynak 1998; in scikit-learn).
 
-    The split is fixed: in the set's own order every fourth image of a class is a test image (448 or so of them).
+    The split is fixed: in the set's own order every fourth image of a class is a test image (445 of them).
     """
     from sklearn.datasets import load_digits as load
 

@@ -104,8 +104,7 @@ def network_statistics(model: nn.Module, tail_energy: float) -> NetworkStatistic
         # 0 for a zero matrix, NaN for one that is not finite
         effective_rank = torch.where(spectrum.sum() == 0, 0.0, entropy.exp())
         rank = rpg_fast.tail_energy_rank(spectrum, tail_energy).double()
-        rank = torch.where(spectrum.isfinite().all(), rank, math.nan)
-        rank = torch.where(spectrum.sum() == 0, 0.0, rank)
+        rank = torch.where(rank < 0, math.nan, rank)
         zeros, dead = (rows == 0).sum().double(), (rows == 0).all(1).sum().double()
         columns.append(torch.cat([torch.stack([zeros, dead, rank, effective_rank]), spectrum]))
     flat = torch.cat(columns).tolist()  # the only transfer

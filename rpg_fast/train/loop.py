@@ -17,7 +17,7 @@ import rpg_fast
 
 from .config import TrainConfig, UserError
 from .data import Batches, Dataset
-from .layers import NetworkStatistics, network_statistics
+from .layers import network_statistics
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
         self.epoch = self.step = 0
 
-    def run(self, on_epoch: Callable[[EpochMetrics, NetworkStatistics], None]) -> None:
+    def run(self, on_epoch: Callable[[EpochMetrics], None]) -> None:
         """Trains to the last epoch; `on_epoch` gets the figures after each.
 
         Raises:
@@ -82,8 +82,8 @@ class Trainer:
         terminal = sys.stderr.isatty()
         with tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", disable=not terminal) as bar:
             while self.epoch < self.config.epochs:
-                metrics, statistics = self.train_epoch(bar)
-                on_epoch(metrics, statistics)
+                metrics = self.train_epoch(bar)
+                on_epoch(metrics)
                 fields = progress_fields(metrics)
                 if terminal:
                     bar.set_postfix(fields)
@@ -96,7 +96,7 @@ class Trainer:
                         "a smaller --lr or a longer --warmup-epochs may help"
                     )
 
-    def train_epoch(self, bar: tqdm) -> tuple[EpochMetrics, NetworkStatistics]:
+    def train_epoch(self, bar: tqdm) -> EpochMetrics:
         """One pass over the training images, then one over the test images. Reads from the device once."""
         self.model.train()
         loss_sum = torch.zeros((), device=self.device)
@@ -114,7 +114,7 @@ class Trainer:
 
         statistics = network_statistics(self.model, self.config.tail_energy)
         rank_loss = None if self.pruner is None else self.pruner.last_rank_loss
-        metrics = EpochMetrics(
+        return EpochMetrics(
             run=self.name,
             epoch=self.epoch,
             step=self.step,
@@ -129,7 +129,6 @@ class Trainer:
             dead_filters=statistics.dead_filters,
             images_per_second=seen / seconds,
         )
-        return metrics, statistics
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on images [B, C, H, W] and labels [B]. Returns summed loss and hits, on the device."""
@@ -204,7 +203,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def make_pruner(
     model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, config: TrainConfig
 ) -> rpg_fast.RankPruner:
-    """The pruner. It updates its masks every 100 steps as published, or 50 times in a run too short for that."""
+    """The pruner. By default it updates its masks every 100 steps as published; in a run too short for 50 such updates
+    more often, but not below every 5 steps, since a step with an update trains nothing."""
+    update_every = min(100, max(5, total_steps // 50), max(1, int(config.prune_until * total_steps)))
     device = next(model.parameters()).device
     return rpg_fast.RankPruner(
         model,
@@ -214,7 +215,7 @@ def make_pruner(
         distribution=config.distribution,
         criterion=config.criterion,
         schedule=config.schedule,
-        update_every=config.update_every or max(1, min(100, total_steps // 50)),
+        update_every=config.update_every or update_every,
         prune_until=config.prune_until,
         drop_fraction=config.drop_fraction,
         rank_weight=config.rank_weight,

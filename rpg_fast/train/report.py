@@ -34,25 +34,25 @@ def draw_report(
         before: the network that the sparse training began with.
         after: the network that it ended with.
     """
-    figure = Figure(figsize=(13, 12.5), layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(1, 1.15, 0.95), hspace=0.04)
+    figure = Figure(figsize=(13, 13.5), layout="constrained")
+    rows = figure.subfigures(3, 1, height_ratios=(1, 1.3, 0.95), hspace=0.05)
     figure.suptitle(
         f"{config.arch} on {config.data}: {after.sparsity:.2%} sparse, rank weight {config.rank_weight:g}",
         fontsize=15,
         fontweight="bold",
     )
-    curves, ranks = rows[0].subplots(1, 2)
+    curves, ranks = rows[0].subplots(1, 2, gridspec_kw={"wspace": 0.08})
     _draw_accuracy(curves, dense, sparse)
     _draw_ranks(ranks, sparse, before)
     _draw_layers(rows[1].subplots(2, 1, sharex=True), before, after)
-    _draw_spectra(rows[2].subplots(1, SPECTRA), before, after)
+    _draw_spectra(rows[2].subplots(1, SPECTRA, sharey=True), before, after)
     figure.savefig(path, dpi=140)
 
 
 def _draw_accuracy(axes: Axes, dense: Sequence[EpochMetrics], sparse: Sequence[EpochMetrics]) -> None:
     epochs = [row.epoch for row in sparse]
     right = axes.twinx()
-    right.fill_between(epochs, [row.sparsity for row in sparse], color=GREY, alpha=0.15, linewidth=0)
+    right.fill_between(epochs, [row.sparsity for row in sparse], color=GREY, alpha=0.12, linewidth=0)
     right.plot(epochs, [row.sparsity for row in sparse], color=GREY, linewidth=1)
     right.set(ylim=(0, 1), ylabel="sparsity")
     right.yaxis.label.set_color(GREY)
@@ -104,18 +104,20 @@ def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: Netwo
     top.set_yscale("log")
     top.set(ylim=(1, 1 / floor), ylabel="sparsity", title="Sparsity of each layer")
     top.yaxis.set_major_locator(LogLocator(10, numticks=8))
-    top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 - 100 / value:.10g} %"))
+    top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 - 100 / value:.10g}%"))
     top.yaxis.set_minor_formatter(NullFormatter())
-    top.axhline(1 / (1 - after.sparsity), color=VERMILION, linewidth=1.2, linestyle="--")
+    top.axhline(1 / (1 - after.sparsity), color=VERMILION, linewidth=1.2, linestyle="--", label="all layers")
+    top.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
 
     for statistics, colour, label, offset in ((before, BLUE, "before", -0.2), (after, VERMILION, "after", 0.2)):
         ratios = [layer.rank / layer.m for layer in statistics.layers]
         bottom.bar(positions + offset, ratios, width=0.4, color=colour, label=label)
-    bottom.set(ylim=(0, 1), ylabel="rank k / m", title="Rank of each layer")
+    bottom.set(ylim=(0, 1), ylabel="rank k / m", title="Rank of each layer before and after")
+    bottom.yaxis.set_major_formatter(PercentFormatter(1))
     bottom.set_xticks(positions, [layer.name.removesuffix(".weight") for layer in after.layers], rotation=90)
     bottom.tick_params(axis="x", labelsize=8 if len(positions) <= 30 else 6)
     bottom.set_xlim(-0.7, len(positions) - 0.3)
-    bottom.legend(loc="upper right", ncols=2, framealpha=0.9)
+    bottom.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
     for axes in panels:
         axes.grid(axis="y", alpha=0.25)
         axes.set_axisbelow(True)
@@ -135,6 +137,7 @@ def _draw_spectra(panels: Sequence[Axes], before: NetworkStatistics, after: Netw
         axes.grid(alpha=0.25)
         axes.legend(loc="lower left", framealpha=0.9)
     panels[0].set_ylabel("singular value / largest")
+    panels[0].set_ylim(max(panels[0].get_ylim()[0] / 2, 1e-4), 1.3)
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
 

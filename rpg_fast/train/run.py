@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .checkpoint import load_checkpoint, model_arguments, restore_model, save_checkpoint
 from .config import TrainConfig, UserError
@@ -24,7 +25,8 @@ from .report import draw_report
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out; `before` is the network that the sparse training began with, `after` the one it ended with."""
+    """What came out. `before` is the network that the sparse training began with, `after` the one that it ended with,
+    `pruned` the number of weights that the masks exclude."""
 
     folder: Path
     dense: tuple[EpochMetrics, ...]
@@ -72,6 +74,21 @@ class RunFolder:
         text = json.dumps({"config": config.to_dict(), **facts}, indent=2)
         (self.path / "config.json").write_text(text + "\n")
 
+    def read_config(self) -> dict[str, Any]:
+        """The configuration that `write_config` wrote.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = self.path / "config.json"
+        try:
+            config = json.loads(path.read_text())["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} holds no run that can be resumed: {path} is missing or damaged") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self.path} holds no run that can be resumed: {path} is damaged")
+        return config
+
     def write_metrics(self, rows: Sequence[EpochMetrics]) -> None:
         """The whole table anew, replaced in one go, so that a reader never sees half a line."""
         temporary = self.path / ".metrics.csv"
@@ -82,60 +99,99 @@ class RunFolder:
         os.replace(temporary, self.path / "metrics.csv")
 
 
-def train(config: TrainConfig, out: Path | None = None) -> RunResult:
-    """Trains as configured into a new folder.
+class Run:
+    """A dense and a sparse trainer, which begin with the same weights, and the folder that they write to.
 
     Raises:
-        UserError: an option does not fit, the folder exists, or the training diverged. What does not fit is found
-            before anything is written.
+        UserError: an option does not fit. It is found here, before anything is written.
     """
-    device = choose_device(config)
-    dataset = load_data(config).to(device)
-    arguments = model_arguments(config, dataset)
-    torch.manual_seed(config.seed)
-    initial = build_model(**arguments).to(device=device, memory_format=memory_format(config))
-    dense = Trainer(copy.deepcopy(initial), dataset, config, name="dense", sparse=False)
-    sparse = Trainer(copy.deepcopy(initial), dataset, config, name="sparse", sparse=True)
 
-    folder = RunFolder.create(out, config.name)
-    folder.write_config(config, {"model": arguments, "device": device_name(device), "torch": torch.__version__})
-    rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
-    after = before = network_statistics(initial, config.tail_energy)
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.device = choose_device(config)
+        self.dataset = load_data(config).to(self.device)
+        self.model_arguments = model_arguments(config, self.dataset)
+        torch.manual_seed(config.seed)
+        initial = build_model(**self.model_arguments)
+        self.initial = initial.to(device=self.device, memory_format=memory_format(config))
+        self.dense = self._trainer("dense", self.initial)
+        self.sparse = self._trainer("sparse", self.initial)
+        self.rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
 
-    def fit(trainer: Trainer, file: str) -> NetworkStatistics:
-        last = before
+    def _trainer(self, name: str, model: nn.Module) -> Trainer:
+        return Trainer(copy.deepcopy(model), self.dataset, self.config, name=name, sparse=name == "sparse")
 
-        def on_epoch(metrics: EpochMetrics, statistics: NetworkStatistics) -> None:
-            nonlocal last
-            last = statistics
-            rows[trainer.name].append(metrics)
-            folder.write_metrics(rows["dense"] + rows["sparse"])
+    def train(self, folder: RunFolder) -> RunResult:
+        """Trains both, each from where its checkpoint in the folder left off, and draws the picture.
+
+        Raises:
+            UserError: a checkpoint in the folder is no good, or the training diverged.
+        """
+        config, begin = self.config, self.initial
+        if config.dense_baseline:
+            self._fit(self.dense, folder, "dense.pt")
+            if config.start == "dense":
+                begin = self.dense.model
+                self.sparse = self._trainer("sparse", begin)
+        self._fit(self.sparse, folder, "checkpoint.pt")
+
+        before = network_statistics(begin, config.tail_energy)
+        after = network_statistics(self.sparse.model, config.tail_energy)
+        assert self.sparse.pruner is not None
+        pruned = after.size - int(self.sparse.pruner.masks.count().sum())
+        rows = {name: tuple(found) for name, found in self.rows.items()}
+        draw_report(folder.path / "report.png", config, rows["dense"], rows["sparse"], before, after)
+        return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned)
+
+    def _fit(self, trainer: Trainer, folder: RunFolder, file: str) -> None:
+        path, rows = folder.path / file, self.rows[trainer.name]
+        if path.exists():
+            checkpoint = load_checkpoint(path)
+            try:
+                trainer.model.load_state_dict(checkpoint["state_dict"])
+                trainer.load_state_dict(checkpoint["trainer"])
+                rows += [EpochMetrics(**row) for row in checkpoint["metrics"]]
+            except (RuntimeError, TypeError, ValueError, KeyError) as error:
+                raise UserError(f"{path} is not of this run: {str(error).splitlines()[0]}") from error
+
+        def on_epoch(metrics: EpochMetrics) -> None:
+            rows.append(metrics)
+            folder.write_metrics(self.rows["dense"] + self.rows["sparse"])
             content = {
                 "state_dict": trainer.model.state_dict(),
-                "model": arguments,
-                "config": config.to_dict(),
-                "metrics": [asdict(row) for row in rows[trainer.name]],
+                "model": self.model_arguments,
+                "config": self.config.to_dict(),
+                "metrics": [asdict(row) for row in rows],
                 "trainer": trainer.state_dict(),
             }
-            save_checkpoint(folder.path / file, content)
+            save_checkpoint(path, content)
 
         trainer.run(on_epoch)
-        return last
-
-    if config.dense_baseline:
-        trained = fit(dense, "dense.pt")
-        if config.start == "dense":
-            before = trained
-            sparse = Trainer(copy.deepcopy(dense.model), dataset, config, name="sparse", sparse=True)
-    after = fit(sparse, "checkpoint.pt")
-
-    pruned = after.size - int(sum(sparse.pruner.masks.count()))
-    result = RunResult(folder.path, tuple(rows["dense"]), tuple(rows["sparse"]), before, after, pruned)
-    draw_report(folder.path / "report.png", config, result.dense, result.sparse, before, after)
-    return result
 
 
-def summary(config: TrainConfig, result: RunResult) -> str:
+def train(config: TrainConfig, out: Path | None = None) -> RunResult:
+    """Trains as configured into a new folder: `out`, or the next free one below runs/.
+
+    Raises:
+        UserError: an option does not fit or the folder is taken (then nothing is written), or the training diverged.
+    """
+    run = Run(config)
+    folder = RunFolder.create(out, config.name)
+    folder.write_config(config, {"device": device_name(run.device), "torch": torch.__version__})
+    return run.train(folder)
+
+
+def resume(path: Path, overrides: dict[str, Any]) -> RunResult:
+    """Goes on with an interrupted run, from the last whole epoch to the same end.
+
+    Raises:
+        UserError: there is no run in `path`, or one of its files is damaged.
+    """
+    folder = RunFolder(path)
+    return Run(TrainConfig.from_dict({**folder.read_config(), **overrides})).train(folder)
+
+
+def summary(result: RunResult) -> str:
     """What the run came to, in a few lines."""
     before, after = result.before, result.after
     lines = []
@@ -146,8 +202,7 @@ def summary(config: TrainConfig, result: RunResult) -> str:
         f"sparse accuracy   {result.sparse[-1].test_accuracy:.2%} last, {result.best_sparse.test_accuracy:.2%} best "
         "at the final sparsity",
         f"sparsity          {result.pruned / after.size:.4%}: {result.pruned:,} of {after.size:,} weights are pruned",
-        f"mean rank k/m     {after.mean_rank_ratio:.3f} at tail energy {config.tail_energy:g} "
-        f"(before: {before.mean_rank_ratio:.3f})",
+        f"mean rank k/m     {after.mean_rank_ratio:.3f} (before: {before.mean_rank_ratio:.3f})",
         f"effective rank    {after.effective_rank:.1f} of {after.largest_effective_rank:.1f} possible "
         f"(before: {before.effective_rank:.1f})",
         f"dead filters      {after.dead_filters} of {after.filters}",
