@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# What a machine with an NVIDIA GPU, and no network, can tell about this tree. From the repository root:
+#
+#   bash benchmarks/gpu.sh [--commit HASH] [--python PYTHON] [stage ...]
+#
+#   probe     benchmarks/probe.py, five minutes at most; builds the library first if it does not load (the default)
+#   build     the compiled library, in place; a failed build is an error
+#   test      all tests
+#   sanitize  compute-sanitizer's memcheck and racecheck over every CUDA kernel of the library
+#   bench     the benchmarks
+#   all       these five, in this order
+#
+# Every stage ends within eight minutes and leaves its log, whatever became of the others. Files go to $OUT, by default
+# benchmarks/results/<device>: summary.json, probe.json, bench.json and a log for each stage. Exits 0 if all stages passed.
+set -uo pipefail
+
+readonly STAGE_SECONDS=470 LOG_BYTES=4000000
+export LOAD_SECONDS=40 BUILD_SECONDS=130 SANITIZER_SECONDS=220 TEST_SECONDS=120
+
+die() {
+  echo "gpu.sh: $*" >&2
+  exit 1
+}
+
+export python=python3 commit='' out
+stages=()
+while (($#)); do
+  case $1 in
+    --commit | --python)
+      (($# > 1)) || die "$1 wants a value"
+      if [[ $1 == --commit ]]; then commit=$2; else python=$2; fi
+      shift
+      ;;
+    probe | build | test | sanitize | bench) stages+=("$1") ;;
+    all) stages+=(probe build test sanitize bench) ;;
+    *) die "unknown argument '$1': want --commit HASH, --python PYTHON or stages of probe build test sanitize bench all" ;;
+  esac
+  shift
+done
+((${#stages[@]})) || stages=(probe)
+
+[[ -f setup.py && -d rpg_fast ]] || die "run it from the repository root, not from $PWD"
+gpu() { timeout 30 nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -n 1; }
+device=$(gpu name)
+[[ -n $device ]] || die "no NVIDIA GPU here: nvidia-smi lists none"
+driver=$(gpu driver_version)
+[[ -n $commit ]] || commit=$(git rev-parse HEAD 2>/dev/null) || commit=unknown
+out=${OUT:-benchmarks/results/$(tr -cs '[:alnum:]\n' - <<<"${device,,}")}
+mkdir -p "$out" || die "cannot create $out"
+out=$(cd "$out" && pwd)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+# ---- what each stage runs; time limit and log are the caller's -------------------------------------------------------
+
+build() { RPG_FAST_REQUIRE_EXT=1 timeout -k 5 "$BUILD_SECONDS" "$python" setup.py build_ext --inplace; }
+
+library_loads() { # with its CUDA kernels
+  timeout -k 5 "$LOAD_SECONDS" "$python" - <<'PYTHON'
+import sys, torch
+from rpg_fast import _extension, _ops
+_extension.load()
+sys.exit(not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_ops.NAMESPACE}::popcount", "CUDA"))
+PYTHON
+}
+
+stage_probe() {
+  if ! library_loads; then
+    echo "the library does not load: building it"
+    build || echo "the build failed (status $?): the fact that needs it will say so"
+  fi
+  "$python" benchmarks/probe.py --output "$out/probe.json" --commit "$commit"
+}
+
+stage_build() {
+  build && "$python" -m rpg_fast
+}
+
+stage_test() {
+  local limit=(--timeout="$TEST_SECONDS")
+  "$python" -c 'import pytest_timeout' 2>/dev/null || limit=(-o "faulthandler_timeout=$TEST_SECONDS")
+  "$python" -m pytest tests "${limit[@]}" --durations=20 -p no:cacheprovider
+}
+
+stage_sanitize() {
+  local status=0 tool
+  # Without torch's caching allocator every tensor is an allocation of its own, whose end is guarded.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    echo "compute-sanitizer --tool $tool"
+    timeout -k 5 "$SANITIZER_SECONDS" \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/sanitize.py || status=$?
+  done
+  return "$status"
+}
+
+stage_bench() {
+  local status=0
+  rm -f "$out/bench.json"
+  "$python" -m pytest benchmarks --benchmark-only --benchmark-json="$out/bench.json" -p no:cacheprovider || status=$?
+  if [[ -s $out/bench.json ]]; then
+    "$python" benchmarks/environment.py --commit "$commit" --add-to "$out/bench.json" || status=$?
+  fi
+  return "$status"
+}
+
+export -f build library_loads stage_probe stage_build stage_test stage_sanitize stage_bench
+
+# ---- running them ----------------------------------------------------------------------------------------------------
+
+environment=$(timeout -k 5 90 "$python" benchmarks/environment.py --commit "$commit" 2>/dev/null)
+if [[ $environment != \{*\} ]]; then # python or torch does not work: what is known without them
+  printf -v environment '{"device": "%s", "driver": "%s", "commit": "%s", "date": "%s"}' \
+    "$device" "$driver" "${commit//[\"\\]/}" "$(date -u +%FT%TZ)"
+fi
+
+results=()
+write_summary() {
+  local IFS=,
+  printf '{"environment": %s,\n "stages": [%s]}\n' "$environment" "${results[*]}" >"$out/summary.json"
+}
+
+failures=0
+run_stage() {
+  local stage=$1 status=0 begin=$SECONDS log=$out/$1.log outcome=passed
+  echo "== $stage on $device"
+  timeout -s KILL "$STAGE_SECONDS" bash -uo pipefail -c "stage_$stage" >"$log" 2>&1 </dev/null || status=$?
+  if ((status)); then outcome=failed; fi
+  if ((status && SECONDS - begin >= STAGE_SECONDS)); then outcome='timed out'; fi
+  ((status == 0)) || failures=$((failures + 1))
+  if (($(wc -c <"$log") > LOG_BYTES)); then
+    tail -c "$LOG_BYTES" "$log" >"$log.tail" && mv "$log.tail" "$log"
+  fi
+  results+=("
+  {\"stage\": \"$stage\", \"outcome\": \"$outcome\", \"exit_status\": $status, \"seconds\": $((SECONDS - begin))}")
+  write_summary
+  tail -n 60 "$log"
+  echo "== $stage $outcome (status $status, $((SECONDS - begin)) s)"
+}
+
+for stage in "${stages[@]}"; do run_stage "$stage"; done
+cat "$out/summary.json"
+((failures == 0))
