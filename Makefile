@@ -2,7 +2,7 @@
 # make test    runs the tests
 # Both set up all they need: an environment in .venv, torch, the compiled kernels.
 #
-# On a machine with a GPU:        make TORCH=torch demo
+# With a GPU, newest torch:       make TORCH=torch demo
 # With the Python that is there:  make VENV=system demo        (no environment, no network; PYTHON=... picks the Python)
 
 PYTHON ?= python3
@@ -10,13 +10,11 @@ VENV ?= .venv
 TORCH ?= cpu
 
 ifeq ($(VENV),system)
-PY := $(PYTHON)
-CLANG_FORMAT := clang-format
+PY := $(shell command -v $(PYTHON))
 STAMPS := build/system
 PIP_INSTALL := $(PY) -m pip install --no-build-isolation --no-deps
 else
-PY := $(VENV)/bin/python
-CLANG_FORMAT := $(VENV)/bin/clang-format
+PY := $(abspath $(VENV))/bin/python
 STAMPS := $(VENV)/stamps
 PIP_INSTALL := $(PY) -m pip install
 endif
@@ -27,6 +25,14 @@ REQUIREMENT := torch
 export PIP_CONSTRAINT := $(CURDIR)/constraints-cpu.txt
 else
 REQUIREMENT := $(TORCH)
+endif
+
+# The environment remembers its torch; another one needs another environment.
+MADE_WITH := $(shell cat $(STAMPS)/python 2>/dev/null)
+ifneq ($(MAKECMDGOALS),clean)
+ifneq ($(filter-out $(TORCH),$(MADE_WITH)),)
+$(error $(VENV) was made with TORCH=$(MADE_WITH), now TORCH=$(TORCH): `make clean` first, or set VENV)
+endif
 endif
 
 KERNEL_SOURCES := setup.py $(wildcard _build/*.py csrc/*.* csrc/*/*.*)
@@ -50,15 +56,12 @@ test-install: $(STAMPS)/test
 	bash tests/install_matrix.sh $(PY)
 
 lint: $(STAMPS)/dev
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(CLANG_FORMAT) --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	PATH="$(dir $(PY)):$$PATH" $(PY) -m pre_commit run --all-files --show-diff-on-failure
 
 format: $(STAMPS)/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(CLANG_FORMAT) -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(dir $(PY))clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
 
 clean:
 	rm -rf build dist .venv rpg_fast/_C.* *.egg-info
@@ -69,7 +72,7 @@ ifneq ($(VENV),system)
 	$(PIP_INSTALL) $(REQUIREMENT)
 endif
 	mkdir -p $(@D)
-	touch $@
+	echo "$(TORCH)" > $@
 
 # One stamp for each set of extras: train, test, dev. The install compiles the kernels whose sources have changed.
 $(STAMPS)/%: $(STAMPS)/python pyproject.toml constraints-cpu.txt $(KERNEL_SOURCES)

@@ -15,20 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _build.toolchain import ROOT, Nvcc, Tool, ToolMissing, Torch, find_cxx, find_ninja, find_nvcc, find_torch
+from _build.toolchain import ROOT, Cxx, Nvcc, ToolMissingError, Torch, find_cxx, find_ninja, find_nvcc, find_torch
 
 EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 LIBRARY_NAME = f"_C{EXT_SUFFIX}"
 RECORD_NAME = f"_C{EXT_SUFFIX}".removesuffix(".so") + ".json"
 BUILD_DIR = Path("build") / f"native{EXT_SUFFIX.removesuffix('.so')}"
 
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI as of torch 2.11
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *DEFINES]
+MODULE = "csrc/module.cpp"
+# The stable ABI as of torch 2.11. module.cpp goes without: the pybind11 in some torches' headers refuses it.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # as torch itself: square roots and selects vectorise
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--threads=4"]
-NVCC_FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", *DEFINES]
+NVCC_FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda"]
 
 
-class BuildFailed(Exception):
+class BuildError(Exception):
     """A compiler or the linker failed; `output` is all that ninja printed."""
 
     def __init__(self, output: str) -> None:
@@ -44,7 +47,7 @@ class Toolchain:
 
     torch: Torch
     ninja: str
-    cxx: Tool
+    cxx: Cxx
     nvcc: Nvcc | None
 
     @property
@@ -57,10 +60,10 @@ class Toolchain:
             "python": sys.version.split()[0],
             "torch": self.torch.version,
             "cxx": self.cxx.version,
-            "cxx_flags": " ".join(CXX_FLAGS),
+            "cxx_flags": " ".join([*CXX_FLAGS, STABLE_ABI]),
             "cuda": self.nvcc.version if self.nvcc else None,
             "cuda_targets": list(self.nvcc.targets) if self.nvcc else [],
-            "cuda_flags": " ".join(NVCC_FLAGS) if self.nvcc else None,
+            "cuda_flags": " ".join([*NVCC_FLAGS, STABLE_ABI]) if self.nvcc else None,
             "sources": self.sources,
         }
 
@@ -80,7 +83,7 @@ class Outcome:
 
 def source_files(*, with_cuda: bool) -> list[str]:
     """Sources relative to the project's root; the file names end up in the dispatcher's table."""
-    patterns = ["csrc/module.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if with_cuda else [])
+    patterns = [MODULE, "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if with_cuda else [])
     return [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
@@ -92,37 +95,33 @@ def _shell(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-def ninja_file(tools: Toolchain) -> str:
-    """build.ninja: one object per source, compilers' own depfiles for the headers, one shared library."""
-    torch_include = str(tools.torch.directory / "include")
-    includes = ["-I" + str(BUILD_DIR), "-Icsrc", "-isystem", torch_include]
-    python_include = ["-isystem", sysconfig.get_path("include")]
-    cxx_flags = [*CXX_FLAGS, *includes, *python_include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    cxx = _shell([tools.cxx.path, *cxx_flags])
-    # --exclude-libs keeps the static CUDA runtime's symbols from meeting those of the runtime that torch brings.
-    link_flags = ["-shared", "-L" + str(tools.torch.directory / "lib"), "-ltorch_cpu"]
-    link = [tools.cxx.path]
-    rules = []
-    if tools.nvcc:
-        host = ["-ccbin", tools.cxx.path]
-        codes = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in tools.nvcc.targets]
-        nvcc = _shell([tools.nvcc.path, *host, *NVCC_FLAGS, *codes, *includes])
-        rules += [
-            "rule cuda",
-            f"  command = {nvcc} -MD -MF $out.d -c $in -o $out 2> $out.log || {{ cat $out.log >&2; exit 1; }}",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        link = [tools.nvcc.path, *host]
-        link_flags += ["-cudart=static", "-Xlinker=--exclude-libs=ALL"]
-    rules += ["rule cxx", f"  command = {cxx} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-    link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
-    rules += ["rule link", f"  command = {_shell(link)} $in {_shell(link_flags)} -o $out"]
+def _rule(name: str, command: list[str], *, log: bool = False) -> list[str]:
+    """A ninja rule that compiles one source; the compiler's own depfile tells ninja the headers."""
+    line = f"  command = {_shell(command)} -MD -MF $out.d -c $in -o $out"
+    if log:
+        line += " 2> $out.log || { cat $out.log >&2; exit 1; }"
+    return [f"rule {name}", line, "  depfile = $out.d", "  deps = gcc"]
 
-    edges = []
-    objects = []
+
+def ninja_file(tools: Toolchain) -> str:
+    """build.ninja: one object per source, one shared library."""
+    includes = ["-I" + str(BUILD_DIR), "-Icsrc", "-isystem", str(tools.torch.directory / "include")]
+    cxx = [*tools.cxx.command, *CXX_FLAGS, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    rules = _rule("cxx", [*cxx, STABLE_ABI]) + _rule("module", [*cxx, "-isystem", sysconfig.get_path("include")])
+    # --exclude-libs keeps the static CUDA runtime's symbols from meeting those of the runtime that torch brings.
+    libraries = ["-L" + str(tools.torch.directory / "lib"), "-ltorch_cpu", "-Wl,--exclude-libs=ALL"]
+    if tools.nvcc:
+        codes = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in tools.nvcc.targets]
+        nvcc = [tools.nvcc.path, "-ccbin", tools.cxx.command[-1], *NVCC_FLAGS, *codes, *includes, STABLE_ABI]
+        rules += _rule("cuda", nvcc, log=True)
+        libraries += [tools.nvcc.runtime, "-ldl", "-lrt", "-lpthread"]
+    libraries += shlex.split(os.environ.get("LDFLAGS", ""))
+    link = f"{_shell([*tools.cxx.command, '-shared'])} $in {_shell(libraries)} -o $out"
+    rules += ["rule link", f"  command = {link}"]
+
+    edges, objects = [], []
     for source in tools.sources:
-        rule = "cuda" if source.endswith(".cu") else "cxx"
+        rule = "cuda" if source.endswith(".cu") else "module" if source == MODULE else "cxx"
         objects.append(_ninja_path(BUILD_DIR / f"{source}.o"))
         edges.append(f"build {objects[-1]}: {rule} {_ninja_path(source)}")
     edges.append(f"build {_ninja_path(BUILD_DIR / LIBRARY_NAME)}: link {' '.join(objects)}")
@@ -151,7 +150,7 @@ def _compile(tools: Toolchain, jobs: int | None) -> None:
     )
     print(done.stdout, end="", flush=True)
     if done.returncode:
-        raise BuildFailed(done.stdout)
+        raise BuildError(done.stdout)
 
 
 def _kernel_resources(tools: Toolchain) -> list[dict[str, Any]]:
@@ -160,7 +159,8 @@ def _kernel_resources(tools: Toolchain) -> list[dict[str, Any]]:
         return []
     entry = re.compile(
         r"Compiling entry function '(?P<kernel>\w+)' for '(?P<target>\w+)'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"(?P<stack>\d+) bytes stack frame, "
+        r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
         r"Used (?P<registers>\d+) registers",
         re.DOTALL,
     )
@@ -184,7 +184,7 @@ def _describe(tools: Toolchain, without_cuda: str | None) -> str:
 def _find_torch_or_raise() -> Torch:
     torch = find_torch()
     if torch is None:
-        raise ToolMissing("no torch >= 2.11 to take the headers from (RPG_FAST_TORCH may name its site-packages)")
+        raise ToolMissingError("no torch >= 2.11 to take the headers from (RPG_FAST_TORCH may name its site-packages)")
     return torch
 
 
@@ -201,34 +201,32 @@ def build(jobs: int | None = None) -> Outcome:
             tools, without_cuda = _toolchain()
             try:
                 _compile(tools, jobs)
-            except BuildFailed as error:
+            except BuildError as error:
                 if tools.nvcc is None:
                     raise
                 failed, log, without_cuda = True, error.output, f"they did not compile: {error}"
                 tools = Toolchain(tools.torch, tools.ninja, tools.cxx, None)
                 _compile(tools, jobs)
-        except (ToolMissing, BuildFailed) as error:
-            log = error.output if isinstance(error, BuildFailed) else log
-            record = {"outcome": f"built no kernels, plain torch runs: {error}", "facts": None, "log": log}
-            return Outcome(None, record, failed=True)
-        record = {
-            "outcome": _describe(tools, without_cuda),
-            "facts": tools.facts(),
-            "kernels": _kernel_resources(tools),
-            "log": log,
-        }
-        return Outcome(directory / LIBRARY_NAME, record, failed)
+        except (ToolMissingError, BuildError) as error:
+            log = error.output if isinstance(error, BuildError) else log
+            return Outcome(None, _record(f"built no kernels, plain torch runs: {error}", None, log), failed=True)
+        return Outcome(directory / LIBRARY_NAME, _record(_describe(tools, without_cuda), tools, log), failed)
+
+
+def _record(outcome: str, tools: Toolchain | None, log: str) -> dict[str, Any]:
+    facts, kernels = (tools.facts(), _kernel_resources(tools)) if tools else (None, [])
+    return {"outcome": outcome, "facts": facts, "kernels": kernels, "log": log}
 
 
 def _toolchain() -> tuple[Toolchain, str | None]:
     if not sys.platform.startswith("linux"):
-        raise ToolMissing(f"the kernels are built on Linux only, this is {sys.platform}")
+        raise ToolMissingError(f"the kernels are built on Linux only, this is {sys.platform}")
     torch, ninja, cxx = _find_torch_or_raise(), find_ninja(), find_cxx()
     if not any(source.endswith(".cu") for source in source_files(with_cuda=True)):
         return Toolchain(torch, ninja, cxx, None), "there are none in csrc/cuda"
     try:
         return Toolchain(torch, ninja, cxx, find_nvcc()), None
-    except ToolMissing as error:
+    except ToolMissingError as error:
         return Toolchain(torch, ninja, cxx, None), str(error)
 
 

@@ -1,10 +1,11 @@
-"""What a build needs and where it is found: torch's headers, a C++ compiler, nvcc, ninja. Nothing here imports torch."""
+"""What a build needs and where it is found: torch's headers, compilers, ninja. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -19,7 +20,7 @@ DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class ToolMissing(Exception):
+class ToolMissingError(Exception):
     """Something the build needs is not there; the message says what was looked for, and where."""
 
 
@@ -32,17 +33,21 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Tool:
-    """An executable and the version it reports."""
+class Cxx:
+    """A C++ compiler: the command that runs it (`CXX="ccache g++"` makes two words) and the version it reports."""
 
-    path: str
+    command: tuple[str, ...]
     version: str
 
 
 @dataclass(frozen=True)
-class Nvcc(Tool):
-    """A CUDA compiler and the `-gencode` targets it is asked for, for example ("sm_80", "sm_90", "compute_90")."""
+class Nvcc:
+    """A CUDA compiler: its path and version, the static CUDA runtime of its toolkit, and the `-gencode` targets that it
+    is asked for, for example ("sm_80", "sm_90", "compute_90")."""
 
+    path: str
+    version: str
+    runtime: str
     targets: tuple[str, ...]
 
 
@@ -76,7 +81,7 @@ def find_torch() -> Torch | None:
     if named:
         torch = _read_torch(Path(named) / "torch")
         if torch is None:
-            raise ToolMissing(f"RPG_FAST_TORCH={named} holds no torch >= 2.11 with its headers")
+            raise ToolMissingError(f"RPG_FAST_TORCH={named} holds no torch >= 2.11 with its headers")
         return torch
     found = (_read_torch(directory) for directory in _torch_directories())
     return next((torch for torch in found if torch), None)
@@ -91,21 +96,21 @@ def _run(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def find_cxx() -> Tool:
+def find_cxx() -> Cxx:
     """`$CXX`, else c++, g++ or clang++ on PATH."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in candidates:
-        path = shutil.which(name)
-        if path and (banner := _run(path, "--version")):
-            return Tool(path, banner.splitlines()[0])
-    raise ToolMissing(f"no working C++ compiler (looked for {', '.join(candidates)})")
+    for candidate in candidates:
+        command = tuple(shlex.split(candidate))
+        if banner := _run(*command, "--version"):
+            return Cxx(command, banner.splitlines()[0])
+    raise ToolMissingError(f"no working C++ compiler (looked for {', '.join(candidates)})")
 
 
 def find_ninja() -> str:
     """ninja on PATH, else among the scripts of this interpreter (an environment that is not activated)."""
     path = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if path is None:
-        raise ToolMissing("no ninja (`pip install ninja`)")
+        raise ToolMissingError("no ninja (`pip install ninja`)")
     return path
 
 
@@ -127,13 +132,19 @@ def find_nvcc() -> Nvcc:
     `TORCH_CUDA_ARCH_LIST` ("9.0" or "8.0;9.0+PTX") says otherwise. `RPG_FAST_CUDA=0` leaves CUDA out.
     """
     if os.environ.get("RPG_FAST_CUDA") == "0":
-        raise ToolMissing("RPG_FAST_CUDA=0")
+        raise ToolMissingError("RPG_FAST_CUDA=0")
     for root in _toolkit_roots():
         nvcc = root / "bin" / "nvcc"
         release = re.search(r"release (\d+\.\d+)", _run(str(nvcc), "--version"))
-        if release and (root / "include" / "cuda_runtime.h").is_file():
-            return Nvcc(str(nvcc.resolve()), release[1], _cuda_targets(str(nvcc)))
-    raise ToolMissing("no working nvcc (looked in $CUDA_HOME, on PATH and in /usr/local/cuda)")
+        header = _first(root, "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
+        runtime = _first(root, *(f"{lib}/libcudart_static.a" for lib in ("lib64", "lib", "targets/*/lib")))
+        if release and header and runtime:
+            return Nvcc(str(nvcc.resolve()), release[1], str(runtime.resolve()), _cuda_targets(str(nvcc)))
+    raise ToolMissingError("no working nvcc (looked in $CUDA_HOME, on PATH and in /usr/local/cuda)")
+
+
+def _first(root: Path, *patterns: str) -> Path | None:
+    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
 
 
 def _cuda_targets(nvcc: str) -> tuple[str, ...]:
@@ -147,7 +158,7 @@ def _cuda_targets(nvcc: str) -> tuple[str, ...]:
     for arch in asked:
         number = arch.removesuffix("+PTX").replace(".", "")
         if number.rstrip("af") not in known:
-            raise ToolMissing(f"TORCH_CUDA_ARCH_LIST asks for {arch!r}, which {nvcc} does not know")
+            raise ToolMissingError(f"TORCH_CUDA_ARCH_LIST asks for {arch!r}, which {nvcc} does not know")
         targets.append(f"sm_{number}")
         if arch.endswith("+PTX"):
             targets.append(f"compute_{number}")

@@ -30,9 +30,10 @@ def _train(arguments: list[str]) -> int:
         cli = importlib.import_module("rpg_fast.train.cli")
         return int(cli.main(arguments) or 0)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in TRAINING_EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAINING_EXTRA:
             raise
-        print(f"rpg-fast {arguments[0]} needs {error.name}: pip install 'rpg_fast[train]'", file=sys.stderr)
+        print(f"rpg-fast {arguments[0]} needs {package}: pip install 'rpg_fast[train]'", file=sys.stderr)
         return 1
 
 

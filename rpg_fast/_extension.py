@@ -1,4 +1,4 @@
-"""Loads the compiled kernels if they are there. Where they are not, plain torch serves every op and `status` says why."""
+"""Loads the compiled kernels if they are there. Where they are not, plain torch serves every op and `load` says why."""
 
 from __future__ import annotations
 

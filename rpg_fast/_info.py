@@ -1,4 +1,4 @@
-"""What `rpg-fast info` tells: versions, devices, what the build did, and which kernel the dispatcher takes for each op."""
+"""What `rpg-fast info` tells: versions, devices, what the build did, and which kernel the dispatcher takes per op."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ def _cuda_devices() -> list[str]:
 
 
 def _cuda_driver() -> str | None:
-    if not torch.cuda.is_available():
+    version_number = getattr(torch._C, "_cuda_getDriverVersion", None)  # torch without CUDA lacks it
+    if version_number is None or not torch.cuda.is_available():
         return None
-    number = torch._C._cuda_getDriverVersion()
+    number = version_number()
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
