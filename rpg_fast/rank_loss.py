@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg_fast import _ops as _ops  # registers the ops
-from rpg_fast.grouping import Weights, rank_weights
+from rpg_fast.grouping import Weights, rank_weights, short_side
 
 Method = Literal["auto", "exact"]
 Precision = Literal["fp32", "fast"]
@@ -127,11 +127,14 @@ def add_rank_grad_(
 
     A `.grad` of None becomes the gradient itself. `weight` is a float or a 0-d tensor; all else is as in `rank_loss`.
 
+    A weight that requires no gradient counts in the mean and gets none.
+
     Returns:
         The detached 0-d loss (not multiplied by `weight`).
 
     Raises:
-        ValueError: besides what `rank_loss` raises, for a weight that is no leaf (it keeps no `.grad`).
+        ValueError: besides what `rank_loss` raises, for a weight that is no leaf (it keeps no `.grad`), or if no weight
+            requires a gradient.
 
     Equivalent to: ``(weight * rank_loss(weights, tail_energy)).backward()``
     """
@@ -140,15 +143,27 @@ def add_rank_grad_(
         raise ValueError(
             "add_rank_grad_ writes to `.grad`, but a weight is not a leaf: pass the parameters, or use rank_loss"
         )
-    loss, projector, inv_norms, shares = _spectra(
-        matrices, tail_energy, method, precision, state, refresh_every, min_sparsity
-    )
-    for w in matrices:
+    if not any(w.requires_grad for w in matrices):
+        raise ValueError("add_rank_grad_ writes to `.grad`, but no weight requires a gradient")
+    scale = _scalar("weight", weight, matrices[0].device)
+    loss, *spectra = _spectra(matrices, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    trained, spectra = _of_trained(matrices, spectra)
+    for w in trained:
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-    scale = _scalar("weight", weight, matrices[0].device)
-    torch.ops.rpg_fast.rank_apply_([w.grad for w in matrices], matrices, projector, inv_norms, shares, scale)
+    torch.ops.rpg_fast.rank_apply_([w.grad for w in trained], trained, *spectra, scale)
     return loss
+
+
+def _of_trained(weights: list[Tensor], spectra: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that require a gradient, and of [projector, inv_norms, shares] what is theirs."""
+    if all(w.requires_grad for w in weights):
+        return weights, spectra
+    trained = [w.requires_grad for w in weights]
+    sizes = [short_side(w) ** 2 for w in weights]
+    parts = [spectra[0].split(sizes), spectra[1].unbind(), spectra[2].unbind()]
+    projectors, *scalars = ([x for x, keep in zip(part, trained, strict=True) if keep] for part in parts)
+    return [w for w in weights if w.requires_grad], [torch.cat(projectors), *map(torch.stack, scalars)]
 
 
 def _spectra(
