@@ -1,79 +1,83 @@
-"""What the results must be, written once more and straight from the definitions: slow, in float64 or plain Python, and without a
-line of the package."""
+"""What the results must be, written once more and straight from the definitions: slow, in float64 or plain Python, and
+without a line of the package."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-import math
 
 import torch
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------------------- rank loss
+# ------------------------------------------------------------------------------------------------------------ rank loss
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """U diag(S) Vh of a normalised matrix, the k that the official rule chooses, and how clear the choice was: by how much the
-    second-best tail energy is farther from the target than the best."""
+    """U diag(S) Vh of a normalised matrix, the k that the official rule chooses, and the distance of every k's tail
+    energy from the target."""
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     k: int
-    margin: float
+    distances: list[float]
+
+    def allows(self, k: int, margin: float) -> bool:
+        """Whether k is the rule's choice, or as good within `margin`."""
+        return k == self.k or (0 <= k < len(self.S) and self.distances[k] - self.distances[self.k] < margin)
 
 
 def official_spectrum(Wn: Tensor, tail_energy: float) -> Spectrum:
     U, S, Vh = torch.linalg.svd(Wn.detach(), full_matrices=False)
-    distances = []
-    tail = 0.0
-    for j in range(len(S)):  # the tail grows from the smallest singular value on; the first minimum wins
-        tail += float(S[len(S) - 1 - j]) ** 2
-        distances.append(abs(tail - tail_energy))
-    best = min(range(len(S)), key=lambda j: distances[j])
-    others = [d for j, d in enumerate(distances) if j != best]
-    return Spectrum(U, S, Vh, len(S) - 1 - best, min(others) - distances[best] if others else math.inf)
+    distances = [0.0] * len(S)
+    tail, best = 0.0, len(S) - 1
+    for k in reversed(range(len(S))):  # the tail grows from the smallest singular value on; the first minimum wins
+        tail += float(S[k]) ** 2
+        distances[k] = abs(tail - tail_energy)
+        if distances[k] < distances[best]:
+            best = k
+    return Spectrum(U, S, Vh, best, distances)
 
 
-def official_term(W: Tensor, tail_energy: float, k: int | None = None) -> tuple[Tensor, Spectrum | None]:
-    """-||Wn - Wn_k||_F^2 of one weight, differentiable through the norm and not through the singular vectors; 0 for an all-zero or
-    empty weight. With `k`, that rank instead of the rule's."""
+def official_term(W: Tensor, tail_energy: float, k: int | None, spectrum: Spectrum | None) -> tuple[Tensor, Spectrum]:
+    """-||Wn - Wn_k||_F^2 of one weight, differentiable through the norm and not through the singular vectors."""
     M = W.reshape(W.shape[0], -1)
-    if M.numel() == 0 or not M.detach().any():
-        return (W * 0).sum(), None
     Wn = M / M.norm()
-    spectrum = official_spectrum(Wn, tail_energy)
+    spectrum = official_spectrum(Wn, tail_energy) if spectrum is None else spectrum
     k = spectrum.k if k is None else k
     Wn_k = (spectrum.U[:, :k] * spectrum.S[:k]) @ spectrum.Vh[:k]
     return -(Wn - Wn_k).square().sum(), spectrum
 
 
 def official_rank_loss(
-    weights: Sequence[Tensor], tail_energy: float, ks: Sequence[int] | None = None, min_sparsity: float = 0.0
+    weights: Sequence[Tensor],
+    tail_energy: float,
+    ks: Sequence[int] | None = None,
+    min_sparsity: float = 0.0,
+    spectra: Sequence[Spectrum | None] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Spectrum | None]]:
-    """The loss in float64, its gradient with respect to every weight, and the spectra (None: not active)."""
+    """The loss in float64, its gradient with respect to every weight, and the spectra (None: not active). With `ks`,
+    those ranks instead of the rule's; with `spectra`, what an earlier call on the same weights returned."""
     leaves = [w.detach().double().cpu().clone().requires_grad_() for w in weights]
     terms: list[Tensor] = []
-    spectra: list[Spectrum | None] = []
+    found: list[Spectrum | None] = []
     for i, W in enumerate(leaves):
         zeros = int((W == 0).sum())
-        if W.numel() == 0 or zeros == W.numel() or zeros / W.numel() < min_sparsity:
-            spectra.append(None)
+        if zeros == W.numel() or zeros / W.numel() < min_sparsity:
+            found.append(None)
             continue
-        term, spectrum = official_term(W, tail_energy, None if ks is None else ks[i])
+        k, known = None if ks is None else ks[i], None if spectra is None else spectra[i]
+        term, spectrum = official_term(W, tail_energy, k, known)
         terms.append(term)
-        spectra.append(spectrum)
+        found.append(spectrum)
     if not terms:
-        return torch.zeros((), dtype=torch.float64), [torch.zeros_like(W) for W in leaves], spectra
+        return torch.zeros((), dtype=torch.float64), [torch.zeros_like(W) for W in leaves], found
     loss = torch.stack(terms).mean()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return (
-        loss.detach(),
-        [torch.zeros_like(W) if g is None else g for W, g in zip(leaves, gradients, strict=True)],
-        spectra,
-    )
+    filled = [torch.zeros_like(W) if g is None else g for W, g in zip(leaves, gradients, strict=True)]
+    return loss.detach(), filled, found
 
 
 def tail_energy_rank(S: Sequence[float], tail_energy: float, rule: str) -> int:
@@ -93,11 +97,11 @@ def tail_energy_rank(S: Sequence[float], tail_energy: float, rule: str) -> int:
     return min(range(len(S)), key=lambda k: (abs(tails[k] - target), -k))
 
 
-# -------------------------------------------------------------------------------------------------------------------- masks
+# ---------------------------------------------------------------------------------------------------------------- masks
 
 
 def ranking(scores: Sequence[float]) -> list[int]:
-    """The indices from best to worst: NaN, inf, ..., 0.0 and -0.0 alike, ..., -inf; the lower index first among equals."""
+    """The indices from best to worst: NaN, inf, ..., 0.0 and -0.0 alike, ..., -inf; lower index first among equals."""
     return sorted(range(len(scores)), key=lambda i: (0, 0.0, i) if math.isnan(scores[i]) else (1, -scores[i], i))
 
 
@@ -132,11 +136,11 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
     return [min(1.0, high * r) for r in raw]
 
 
-# ----------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 class PlainPruner:
-    """The corrected prune-and-grow rules with bool masks and full sorts, for contiguous weights and any torch optimizer."""
+    """The corrected prune-and-grow rules with bool masks and full sorts, for contiguous weights and any optimizer."""
 
     def __init__(
         self,
