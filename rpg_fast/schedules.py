@@ -68,6 +68,11 @@ class PolynomialSparsity(_Schedule):
 
     power: float = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.power > 0:
+            raise ValueError(f"power must be positive, got {self.power}")
+
     def __call__(self, step: int) -> float:
         """The sparsity at `step`."""
         x = self._progress(step)

@@ -138,7 +138,7 @@ def tail_energy_rank(S: Tensor, tail_energy: float | Tensor, rule: Literal["near
     if rule == "nearest":
         k, _ = reference.nearest_rank(energies, target)
     else:
-        tails = energies.flip(-1).cumsum(-1).flip(-1)  # [..., r]; entry i is the tail that k = i leaves
+        tails = energies.flip(-1).cumsum(-1).flip(-1).clamp(max=1)  # [..., r]; entry i is the tail that k = i leaves
         k = (tails > target).sum(-1)
     k = torch.where(total.squeeze(-1) > 0, k, 0)
     return torch.where(finite, k, -1)
