@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg_fast import _extension, grouping, reference
+from rpg_fast import _extension, filtered, grouping, reference
 
 NAMESPACE = "rpg_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -63,6 +63,17 @@ _define(
     " -> (Tensor loss, Tensor tail_energies, Tensor ranks, Tensor inv_norms, Tensor shares, Tensor projector)",
     reference.rank_project,
     _rank_project_fake,
+)
+_define(
+    "rank_filter(Tensor[] weights, Tensor tail_energy, float min_sparsity, Tensor windows, Tensor seed)"
+    " -> (Tensor loss, Tensor tail_energies, Tensor ranks, Tensor inv_norms, Tensor shares, Tensor projector,"
+    " Tensor next_windows, Tensor by_eigen)",
+    filtered.rank_filter,
+    lambda weights, tail_energy, min_sparsity, windows, seed: (
+        *_rank_project_fake(weights, tail_energy, min_sparsity),
+        torch.empty_like(windows),
+        windows.new_empty(len(weights), dtype=torch.int32),
+    ),
 )
 _define(
     "rank_attach(Tensor[] weights, Tensor loss, Tensor projector, Tensor inv_norms, Tensor shares) -> Tensor",

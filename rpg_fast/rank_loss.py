@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from rpg_fast import _ops as _ops  # registers the ops
 from rpg_fast.grouping import Weights, rank_weights, short_side
 
-Method = Literal["auto", "exact"]
+Method = Literal["auto", "exact", "power"]
 Precision = Literal["fp32", "fast"]
 
 
@@ -23,7 +23,10 @@ class RankState:
     Attributes (None before the first call; device tensors, reading one does not synchronise):
         ranks: int64 [B], k of each weight, in the order of the weights; -1 where a weight holds NaN or inf.
         tail_energies: float64 [B], the energy beyond k as a fraction of the whole.
-        flags: int32 [B], 0 where the spectrum was resolved, 1 where the weight holds NaN or inf.
+        flags: int32 [B]; bit 0: the weight holds NaN or inf; bit 1: "power" did not resolve it and took its
+            eigendecomposition instead.
+        windows: float64 [B, 2], where "power" looks for the boundary of the rank: centre and half-width, in units of
+            the spectrum of W W^T / ||W||_F^2.
     """
 
     def __init__(self) -> None:
@@ -32,6 +35,7 @@ class RankState:
         self.ranks: Tensor | None = None
         self.tail_energies: Tensor | None = None
         self.flags: Tensor | None = None
+        self.windows: Tensor | None = None
         self._spectra: tuple[Tensor, ...] | None = None  # loss, projector, inv_norms, shares
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,13 +80,16 @@ def rank_loss(
         weights: a module (its convolutions, as in the paper), a mapping, or an iterable of tensors [out, ...]; float32,
             float64, bfloat16 or float16, any layout, one device. All are weighted alike.
         tail_energy: the paper's delta, in [0, 1]; a float or a 0-d tensor. 0.1 or 0.2 in the paper.
-        method: "exact" (Gram matrix and eigendecomposition in float64); "auto" takes it.
-        precision: "fp32" or "fast"; "exact" is float64 inside either way.
+        method: "exact": Gram matrix and eigendecomposition. "power": filtered randomised power iteration, which
+            needs matrix products only and follows the spectrum from call to call through `state` (without one, and
+            at the first call, it is "exact"); to fp32 grade, the gradient within 3e-4. Both in float64 inside.
+            "auto": "exact".
+        precision: "fp32" or "fast"; makes no difference to the methods in float64.
         state: a `RankState`, filled with ranks and tail energies.
         refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the
             gradient then uses the current weights with the last projectors, the value is the last one.
         min_sparsity: weights with a smaller fraction of zeros take no part (0: all do).
-        generator: source of randomness for randomised methods; "exact" draws nothing.
+        generator: source of the sketches of "power", on the weights' device; "exact" draws nothing.
 
     Returns:
         0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once. 0 with a zero
@@ -104,7 +111,7 @@ def rank_loss(
     """
     matrices = rank_weights(weights)
     loss, projector, inv_norms, shares = _spectra(
-        matrices, tail_energy, method, precision, state, refresh_every, min_sparsity
+        matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator
     )
     return torch.ops.rpg_fast.rank_attach(matrices, loss, projector, inv_norms, shares)
 
@@ -146,7 +153,7 @@ def add_rank_grad_(
     if not any(w.requires_grad for w in matrices):
         raise ValueError("add_rank_grad_ writes to `.grad`, but no weight requires a gradient")
     scale = _scalar("weight", weight, matrices[0].device)
-    loss, *spectra = _spectra(matrices, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    loss, *spectra = _spectra(matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
     trained, spectra = _of_trained(matrices, spectra)
     for w in trained:
         if w.grad is None:
@@ -174,6 +181,7 @@ def _spectra(
     state: RankState | None,
     refresh_every: int,
     min_sparsity: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
     _check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
@@ -183,14 +191,24 @@ def _spectra(
         if state._spectra is not None and (state.calls - 1) % refresh_every != 0:
             return state._spectra
     target = _scalar("tail_energy", tail_energy, weights[0].device)
-    with torch.no_grad():
-        loss, tails, ranks, inv_norms, shares, projector = torch.ops.rpg_fast.rank_project(
-            [w.detach() for w in weights], target, float(min_sparsity)
+    matrices = [w.detach() for w in weights]
+    windows, flags = None, 0
+    if method == "power":
+        windows = None if state is None else state.windows
+        if windows is None:
+            windows = target.new_zeros(len(matrices), 2)
+        seed = torch.randint(2**62, (), generator=generator, device=target.device)
+        *results, windows, by_eigen = torch.ops.rpg_fast.rank_filter(
+            matrices, target, float(min_sparsity), windows, seed
         )
+        flags = 2 * by_eigen
+    else:
+        results = torch.ops.rpg_fast.rank_project(matrices, target, float(min_sparsity))
+    loss, tails, ranks, inv_norms, shares, projector = results
     spectra = (loss, projector, inv_norms, shares)
     if state is not None:
-        state.ranks, state.tail_energies, state.flags = ranks, tails, (ranks < 0).int()
-        state._spectra = spectra
+        state.ranks, state.tail_energies, state.flags = ranks, tails, (ranks < 0).int() + flags
+        state.windows, state._spectra = windows, spectra
     return spectra
 
 
@@ -206,8 +224,8 @@ def _check_options(
     devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
-    if method not in ("auto", "exact"):
-        raise ValueError(f'method must be "auto" or "exact", got {method!r}')
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if precision not in ("fp32", "fast"):
         raise ValueError(f'precision must be "fp32" or "fast", got {precision!r}')
     if refresh_every < 1:

@@ -7,7 +7,7 @@ energy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,18 @@ def normalised_gram(X: Tensor) -> tuple[Tensor, Tensor]:
     return gram / torch.where(square > 0, square, 1.0), norm
 
 
+def spectral_projector(G: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For G [B, m, m] of trace 1 in float64: the projector P [B, m, m] on the k leading eigenvectors, k and e [B] by
+    `nearest_rank`, and the eigenvalues [B, m], descending, those that are rounding errors set to zero."""
+    m = G.shape[-1]
+    eigenvalues, V = torch.linalg.eigh(G)  # [B, m] ascending, [B, m, m]
+    noise = m * torch.finfo(torch.float64).eps
+    energies = torch.where(eigenvalues > noise, eigenvalues, 0.0).flip(-1)
+    k, e = nearest_rank(energies, target)
+    top = torch.arange(m, device=G.device) >= m - k[:, None]  # [B, m]
+    return (V * top[:, None, :]) @ V.mT, k, e, energies
+
+
 def rank_project(
     weights: Sequence[Tensor], tail_energy: Tensor, min_sparsity: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -74,42 +86,40 @@ def rank_project(
             fraction of zeros of at least `min_sparsity`.
         projector: [sum m_b^2], the N_b.
     """
+    target = tail_energy.to(device=weights[0].device, dtype=torch.float64)
+    return project_groups(weights, min_sparsity, lambda _, G: spectral_projector(G, target)[:3])
+
+
+def project_groups(
+    weights: Sequence[Tensor],
+    min_sparsity: float,
+    project: Callable[[list[int], Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `rank_project` returns, with `project(members, G [b, m, m]) -> P [b, m, m], k [b], e [b]` called for each
+    group of equal m."""
     device, dtype = weights[0].device, accumulation_dtype(weights)
-    target = tail_energy.to(device=device, dtype=torch.float64)
-    batch = len(weights)
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    e = [zero] * batch
-    k = [zero.long()] * batch
-    norms = [zero] * batch
-    projectors = [zero.new_empty(0, dtype=dtype)] * batch
+    e, k, norms = [zero] * len(weights), [zero.long()] * len(weights), [zero] * len(weights)
+    projectors = [zero.new_empty(0, dtype=dtype)] * len(weights)
     with _without_autocast(device):
         for m, members in grouping.groups_of_equal_m(weights).items():
-            grams, group_norms = zip(
-                *(normalised_gram(grouping.short_side_first(weights[i])) for i in members), strict=True
-            )
-            finite = torch.stack(group_norms).isfinite()  # [b]
-            eigenvalues, V = torch.linalg.eigh(torch.stack(grams))  # [b, m] ascending, [b, m, m]
-            noise = m * torch.finfo(torch.float64).eps
-            energies = torch.where(eigenvalues > noise, eigenvalues, 0.0).flip(-1)  # [b, m]
-            group_k, group_e = nearest_rank(energies, target)
-            top = torch.arange(m, device=device) >= m - group_k[:, None]  # [b, m]
-            P = (V * top[:, None, :]) @ V.mT  # [b, m, m]
+            grams = [normalised_gram(grouping.short_side_first(weights[i])) for i in members]
+            norm = torch.stack([norm for _, norm in grams])  # [b]
+            P, group_k, group_e = project(members, torch.stack([G for G, _ in grams]))
             N = 2 * P - 2 * torch.diag_embed((1 - group_e)[:, None].expand(-1, m))
+            finite = norm.isfinite()
             N = torch.where(finite[:, None, None], N, torch.nan).to(dtype)
-            nonzero = torch.stack(group_norms) != 0
             group_e = torch.where(finite, group_e, torch.nan)
-            group_k = torch.where(finite, torch.where(nonzero, group_k, 0), -1)
+            group_k = torch.where(finite, torch.where(norm != 0, group_k, 0), -1)
             for j, i in enumerate(members):
-                e[i], k[i], norms[i], projectors[i] = group_e[j], group_k[j], group_norms[j], N[j].flatten()
-        norm = torch.stack(norms)
-        active = norm != 0
+                e[i], k[i], norms[i], projectors[i] = group_e[j], group_k[j], norm[j], N[j].flatten()
+        norms_of_all, tails = torch.stack(norms), torch.stack(e)
+        active = norms_of_all != 0
         if min_sparsity > 0:
-            zeros = torch.stack([(w == 0).double().mean() for w in weights])
-            active = active & (zeros >= min_sparsity)
+            active = active & (torch.stack([(w == 0).double().mean() for w in weights]) >= min_sparsity)
         shares = active / active.sum().clamp(min=1).double()  # [B]
-        tails = torch.stack(e)
         loss = -(shares * torch.where(active, tails, 0.0)).sum().to(dtype)
-        inv_norms = torch.where(norm != 0, 1 / norm, 0.0)
+        inv_norms = torch.where(norms_of_all != 0, 1 / norms_of_all, 0.0)
     return loss, tails, torch.stack(k), inv_norms, shares, torch.cat(projectors)
 
 
