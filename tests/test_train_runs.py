@@ -56,8 +56,8 @@ VARIANTS = {
         "--data=synthetic",
         "--arch=resnet50",
         "--train-images=256",
-        "--test-images=32",
-        "--classes=3",
+        "--batch-size=32",
+        "--image-size=8",
     ),
 }
 
@@ -92,7 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        train(folder, "--epochs=4", "--sparsity=0.5", "--start=dense", "--tail-energy=0.2")
+        train(folder, "--epochs=4", "--sparsity=0.5", "--tail-energy=0.2")
     return folder, "\n".join(printed)
 
 
@@ -193,7 +193,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 def test_resume_ends_where_the_whole_run_would(
     interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--epochs=3", "--criterion=set", "--start=dense")
+    options = ("--epochs=3", "--criterion=set")
     whole = train(tmp_path / "whole", *options)
 
     original = Trainer.train_epoch
@@ -208,7 +208,7 @@ def test_resume_ends_where_the_whole_run_would(
         patch.setattr(Trainer, "train_epoch", interrupt)
         assert main(["train", *TINY, *options, f"--out={halves}"]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert main(["train", f"--resume={halves}", "--threads=2"]) == 0
+    assert main(["train", f"--resume={halves}", "--threads=1"]) == 0
     resumed = load_checkpoint(halves / "checkpoint.pt")
     assert all(torch.equal(whole["state_dict"][name], resumed["state_dict"][name]) for name in whole["state_dict"])
     columns = ("run", "epoch", "step", "train_loss", "test_accuracy", "sparsity")

@@ -168,7 +168,11 @@ def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group.add("--update-until", "fraction of the run after which the masks stay", type=float)
     group.add("--drop-fraction", "of each layer's weights exchanged in the first update", type=float)
     group.flag("--dense-baseline", "train the same network dense first")
-    group.add("--start", "weights that the sparse training begins with", choices=("random", "dense"))
+    group.add(
+        "--start",
+        "weights that the sparse training begins with (those of the dense baseline, if it is trained)",
+        choices=("random", "dense"),
+    )
 
 
 def _rank_options(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ class TrainConfig:
     stem: Literal["imagenet", "small"] | None = None
     zero_init_residual: bool = False
     # training
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -56,10 +56,10 @@ class TrainConfig:
     schedule: str = "exponential"
     update_every: int | None = None
     prune_until: float = 0.9
-    update_until: float | None = None
+    update_until: float = 0.901
     drop_fraction: float = 0.3
     dense_baseline: bool = True
-    start: Literal["random", "dense"] = "random"
+    start: Literal["random", "dense"] | None = None
     # rank loss
     rank_weight: float = 0.1
     rank_every: int | Literal["update"] = 1
@@ -80,7 +80,7 @@ class TrainConfig:
         _one_of("--optimizer", self.optimizer, DEFAULT_LR)
         _one_of("--optimizer-impl", self.optimizer_impl, ("masked", "torch"))
         _one_of("--autocast", self.autocast, (None, "bf16", "fp16"))
-        _one_of("--start", self.start, ("random", "dense"))
+        _one_of("--start", self.start, (None, "random", "dense"))
         for option in ("image_size", "width", "update_every", "threads"):
             value = getattr(self, option)
             _require(value is None or value >= 1, option, "at least 1", value)
@@ -119,6 +119,11 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """The learning rate after the warm-up."""
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the sparse training begins with the dense baseline's weights, as published."""
+        return self.dense_baseline if self.start is None else self.start == "dense"
 
     @property
     def warmup(self) -> float:

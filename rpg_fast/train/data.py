@@ -23,6 +23,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -41,11 +44,7 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The same data with both splits on `device`."""
-        moved = {
-            name: Split(split.images.to(device), split.labels.to(device))
-            for name, split in (("train", self.train), ("test", self.test))
-        }
-        return replace(self, **moved)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 def load_digits(image_size: int | None = None) -> Dataset:

@@ -93,8 +93,8 @@ class NetworkStatistics:
 
 def network_statistics(model: nn.Module, tail_energy: float) -> NetworkStatistics:
     """Looks at every prunable weight of `model`: computed on its device in float64, read back in one transfer."""
-    names, weights = zip(*rpg_fast.prunable_weights(model).items(), strict=True)
-    weights = [weight.detach() for weight in weights]
+    named = rpg_fast.prunable_weights(model)
+    weights = [weight.detach() for weight in named.values()]
     spectra = singular_values(weights)
     columns = []
     for weight, spectrum in zip(weights, spectra, strict=True):
@@ -110,7 +110,7 @@ def network_statistics(model: nn.Module, tail_energy: float) -> NetworkStatistic
     flat = torch.cat(columns).tolist()  # the only transfer
 
     layers, start = [], 0
-    for name, weight in zip(names, weights, strict=True):
+    for name, weight in zip(named, weights, strict=True):
         zeros_, dead_, rank_, effective_ = flat[start : start + 4]
         end = start + 4 + short_side(weight)
         spectrum_ = tuple(flat[start + 4 : end])

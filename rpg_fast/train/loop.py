@@ -24,8 +24,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One line of metrics.csv. Accuracies and sparsity are fractions, `lr` is the last step's, ranks are means over the
-    convolutions; `rank_loss` is NaN where none was computed."""
+    """One line of metrics.csv. Accuracies and sparsity are fractions, `lr` and `rank_loss` the last ones (NaN: none),
+    ranks means over the convolutions. `sparsity` is the masks', where weights just grown count although they are 0."""
 
     run: str
     epoch: int
@@ -122,7 +122,7 @@ class Trainer:
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             test_accuracy=accuracy(self.model, self.test_batches, self.config),
-            sparsity=statistics.sparsity,
+            sparsity=0.0 if self.pruner is None else 1 - int(self.pruner.masks.count().sum()) / statistics.size,
             rank_loss=math.nan if rank_loss is None else float(rank_loss),
             mean_rank_ratio=statistics.mean_rank_ratio,
             effective_rank=statistics.effective_rank,
@@ -217,6 +217,7 @@ def make_pruner(
         schedule=config.schedule,
         update_every=config.update_every or update_every,
         prune_until=config.prune_until,
+        update_until=config.update_until,
         drop_fraction=config.drop_fraction,
         rank_weight=config.rank_weight,
         rank_every=config.rank_every,
@@ -224,7 +225,6 @@ def make_pruner(
         rank_method=config.rank_method,
         min_sparsity=config.min_sparsity,
         generator=torch.Generator(device).manual_seed(config.seed),
-        **({} if config.update_until is None else {"update_until": config.update_until}),
     )
 
 
@@ -239,6 +239,11 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """The precision of forward passes: fp32, or mixed with bf16 or fp16."""
     return torch.autocast(device.type, dtype=AUTOCAST.get(config.autocast or ""), enabled=config.autocast is not None)
+
+
+def place(model: nn.Module, device: torch.device, config: TrainConfig) -> nn.Module:
+    """The model on its device, its weights in the memory format of the images."""
+    return model.to(device=device, memory_format=memory_format(config))  # type: ignore[call-overload]
 
 
 def memory_format(config: TrainConfig) -> torch.memory_format:

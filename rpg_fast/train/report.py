@@ -35,7 +35,8 @@ def draw_report(
         after: the network that it ended with.
     """
     figure = Figure(figsize=(13, 13.5), layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(1, 1.3, 0.95), hspace=0.05)
+    grid = figure.add_gridspec(3, 1, height_ratios=(1, 1.3, 0.95))
+    rows = [figure.add_subfigure(grid[row]) for row in range(3)]
     figure.suptitle(
         f"{config.arch} on {config.data}: {after.sparsity:.2%} sparse, rank weight {config.rank_weight:g}",
         fontsize=15,
@@ -72,11 +73,12 @@ def _draw_accuracy(axes: Axes, dense: Sequence[EpochMetrics], sparse: Sequence[E
     known = sorted(row.test_accuracy for row in (*dense, *sparse))
     # the first epochs of a run would squeeze what matters into the top edge
     axes.set(ylim=(max(0.0, known[len(known) // 10] - 0.03), min(1.0, known[-1] + 0.02)))
-    axes.set(title="Accuracy and sparsity", xlabel="epoch", ylabel="test accuracy", xlim=_span(epochs))
+    axes.set_title("Accuracy and sparsity", loc="left")
+    axes.set(xlabel="epoch", ylabel="test accuracy", xlim=_span(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", framealpha=0.9)
+    _legend_above(axes)
 
 
 def _draw_ranks(axes: Axes, sparse: Sequence[EpochMetrics], before: NetworkStatistics) -> None:
@@ -88,11 +90,12 @@ def _draw_ranks(axes: Axes, sparse: Sequence[EpochMetrics], before: NetworkStati
     axes.plot(epochs, effective, color=GREEN, linewidth=1.8, label="effective rank / m")
     axes.plot(epochs, ratio, color=BLUE, linewidth=1.8, label="rank k / m")
     axes.plot(epochs, dead, color=ORANGE, linewidth=1.8, label="dead filters")
-    axes.set(title="Ranks, mean over the convolutions", xlabel="epoch", ylim=(0, 1), xlim=_span(epochs))
+    axes.set_title("Ranks, mean over convolutions", loc="left")
+    axes.set(xlabel="epoch", ylim=(0, 1), xlim=_span(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(framealpha=0.9)
+    _legend_above(axes)
 
 
 def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: NetworkStatistics) -> None:
@@ -102,22 +105,24 @@ def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: Netwo
     top, bottom = panels
     top.bar(positions, 1 / np.maximum(left, floor), color=[GREY if x > 0 else VERMILION for x in left], width=0.7)
     top.set_yscale("log")
-    top.set(ylim=(1, 1 / floor), ylabel="sparsity", title="Sparsity of each layer")
+    top.set(ylim=(1, 1 / floor), ylabel="sparsity")
+    top.set_title("Sparsity of each layer", loc="left")
     top.yaxis.set_major_locator(LogLocator(10, numticks=8))
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 - 100 / value:.10g}%"))
     top.yaxis.set_minor_formatter(NullFormatter())
     top.axhline(1 / (1 - after.sparsity), color=VERMILION, linewidth=1.2, linestyle="--", label="all layers")
-    top.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
+    _legend_above(top)
 
     for statistics, colour, label, offset in ((before, BLUE, "before", -0.2), (after, VERMILION, "after", 0.2)):
         ratios = [layer.rank / layer.m for layer in statistics.layers]
         bottom.bar(positions + offset, ratios, width=0.4, color=colour, label=label)
-    bottom.set(ylim=(0, 1), ylabel="rank k / m", title="Rank of each layer before and after")
+    bottom.set(ylim=(0, 1), ylabel="rank k / m")
+    bottom.set_title("Rank of each layer", loc="left")
     bottom.yaxis.set_major_formatter(PercentFormatter(1))
     bottom.set_xticks(positions, [layer.name.removesuffix(".weight") for layer in after.layers], rotation=90)
     bottom.tick_params(axis="x", labelsize=8 if len(positions) <= 30 else 6)
     bottom.set_xlim(-0.7, len(positions) - 0.3)
-    bottom.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
+    _legend_above(bottom)
     for axes in panels:
         axes.grid(axis="y", alpha=0.25)
         axes.set_axisbelow(True)
@@ -132,11 +137,13 @@ def _draw_spectra(panels: Sequence[Axes], before: NetworkStatistics, after: Netw
         _draw_spectrum(axes, old, BLUE, "before")
         _draw_spectrum(axes, new, VERMILION, "after")
         name = old.name.removesuffix(".weight")
-        axes.set(title=f"{name}  ({old.shape[0]} x {old.size // old.shape[0]})", xlabel="index i")
+        axes.set_title(f"{name}, {old.shape[0]} x {old.size // old.shape[0]}", loc="left")
+        axes.set_xlabel("index")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.legend(loc="lower left", framealpha=0.9)
-    panels[0].set_ylabel("singular value / largest")
+    panels[0].set_ylabel("singular value / largest one")
     panels[0].set_ylim(max(panels[0].get_ylim()[0] / 2, 1e-4), 1.3)
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
@@ -148,11 +155,16 @@ def _draw_spectrum(axes: Axes, layer: LayerStatistics, colour: str, label: str) 
     if len(values) == 0:
         axes.plot([], [], color=colour, label=f"{label}: all zero")
         return
-    text = f"{label}: k = {layer.rank:.0f}"
+    zeros = len(layer.spectrum) - len(values)
+    text = f"{label}: k = {layer.rank:.0f}" + (f", {zeros} are zero" if zeros else "")
     axes.plot(np.arange(1, len(values) + 1), values / values[0], color=colour, linewidth=1.6, label=text)
     if 1 <= layer.rank <= len(values):
         k = int(layer.rank)
         axes.plot(k, values[k - 1] / values[0], "o", color=colour, markersize=6)
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.1)
 
 
 def _span(epochs: Sequence[int]) -> tuple[float, float]:

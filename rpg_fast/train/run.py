@@ -18,7 +18,7 @@ from .checkpoint import load_checkpoint, model_arguments, restore_model, save_ch
 from .config import TrainConfig, UserError
 from .data import Dataset, load_digits, make_synthetic
 from .layers import NetworkStatistics, network_statistics
-from .loop import EpochMetrics, Trainer, accuracy, evaluation_batches, memory_format
+from .loop import EpochMetrics, Trainer, accuracy, evaluation_batches, place
 from .models import build_model
 from .report import draw_report
 
@@ -38,11 +38,8 @@ class RunResult:
     @property
     def best_sparse(self) -> EpochMetrics:
         """The best epoch among those that are as sparse as the last: an earlier, denser one is no fair comparison."""
-        return max(
-            (row for row in self.sparse if row.sparsity >= self.pruned / self.after.size),
-            key=lambda row: row.test_accuracy,
-            default=self.sparse[-1],
-        )
+        as_sparse = [row for row in self.sparse if row.sparsity == self.sparse[-1].sparsity]
+        return max(as_sparse, key=lambda row: row.test_accuracy)
 
 
 class RunFolder:
@@ -112,8 +109,7 @@ class Run:
         self.dataset = load_data(config).to(self.device)
         self.model_arguments = model_arguments(config, self.dataset)
         torch.manual_seed(config.seed)
-        initial = build_model(**self.model_arguments)
-        self.initial = initial.to(device=self.device, memory_format=memory_format(config))
+        self.initial = place(build_model(**self.model_arguments), self.device, config)
         self.dense = self._trainer("dense", self.initial)
         self.sparse = self._trainer("sparse", self.initial)
         self.rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
@@ -130,7 +126,7 @@ class Run:
         config, begin = self.config, self.initial
         if config.dense_baseline:
             self._fit(self.dense, folder, "dense.pt")
-            if config.start == "dense":
+            if config.starts_dense:
                 begin = self.dense.model
                 self.sparse = self._trainer("sparse", begin)
         self._fit(self.sparse, folder, "checkpoint.pt")
@@ -221,7 +217,7 @@ def evaluate(path: Path, *, overrides: dict[str, Any]) -> tuple[TrainConfig, flo
     checkpoint = load_checkpoint(path)
     config = TrainConfig.from_dict({**checkpoint["config"], **overrides})
     device = choose_device(config)
-    model = restore_model(checkpoint).to(device=device, memory_format=memory_format(config))
+    model = place(restore_model(checkpoint), device, config)
     dataset = load_data(config).to(device)
     for what, have, want in (
         ("channels", dataset.in_channels, checkpoint["model"]["in_channels"]),
