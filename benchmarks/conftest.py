@@ -1,0 +1,85 @@
+"""Options, scale and device of the benchmarks. With ``--benchmark-only`` they run at full size and take times; without
+it the same code runs on a small network, once, for the comparison of results."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rpg_fast
+from benchmarks.environment import environment
+from benchmarks.race import CLOCK
+from rpg_fast import _info
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where and how large: the whole ResNet-50, or (not `full`) one with an eighth of its channels."""
+
+    device: torch.device
+    full: bool
+
+    def backend(self, op: str) -> str:
+        """What the dispatcher runs for one of rpg_fast's ops: reference, C++, CUDA or Triton."""
+        return _info.backend(op, self.device.type)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rpg_fast benchmarks")
+    group.addoption("--commit", default=None, help="the commit to record, where there is no .git")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("benchmark_only"):
+        config.option.benchmark_disable = True  # one small run each: there is nothing to tell about time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def scale(request: pytest.FixtureRequest, device: torch.device) -> Scale:
+    return Scale(device, full=request.config.getoption("benchmark_only"))
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    facts = environment(commit=config.getoption("commit") or "")
+    facts["device"] = facts["device"] or _processor()
+    del facts["commit"]  # commit_info has it
+    return facts | {
+        "kind": "cuda" if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "rpg_fast": rpg_fast.__version__,
+        "ops": {op: row["cuda" if cuda else "cpu"] for op, row in _info.backend_table().items()},
+    }
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    known = {key: commit_info.get(key) for key in ("id", "dirty", "time")}
+    commit_info.clear()
+    commit_info.update(known)
+    if config.getoption("commit"):
+        commit_info.update(id=config.getoption("commit"), dirty=None, time=None)
+
+
+def _processor() -> str:
+    """The model of the CPU, by its own word where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

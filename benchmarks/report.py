@@ -1,0 +1,181 @@
+"""Tables and pictures from the JSON of ``pytest benchmarks --benchmark-only --benchmark-json=cpu.json``.
+
+    python benchmarks/report.py benchmarks/results/cpu.json [--readme README.md] [--images docs/images]
+
+For each file, the table goes to standard output or, with --readme, between ``<!-- bench:cpu -->`` and ``<!-- /bench -->``
+there (the word is the name of the file); the picture goes to <images>/bench_cpu.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant's times in seconds, and how much slower its peers were."""
+
+    name: str
+    role: str  # ours | peer | bound
+    setting: str
+    median: float
+    least: float
+    most: float
+    rounds: int
+    once: bool
+    faster: dict[str, float]
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """What was measured on, and the rows of each race in the order in which they ran.
+
+    Raises:
+        ValueError: the file does not come from these benchmarks.
+    """
+    content = json.loads(path.read_text())
+    groups: dict[str, list[Row]] = {}
+    for entry in content.get("benchmarks", ()):
+        facts, stats = entry["extra_info"], entry["stats"]
+        if "contestant" not in facts:
+            raise ValueError(f"{path}: {entry['name']} is none of these benchmarks: it names no contestant")
+        groups.setdefault(entry["group"], []).append(
+            Row(
+                facts["contestant"],
+                facts["role"],
+                facts["setting"],
+                stats["median"],
+                stats["min"],
+                stats["max"],
+                stats["rounds"],
+                facts["slow_ran_once"],
+                facts.get("times_faster_than", {}),
+            )
+        )
+    if not groups:
+        raise ValueError(f"{path} holds no benchmarks")
+    return content["machine_info"] | {"commit": content["commit_info"]["id"]}, groups
+
+
+def seconds(value: float) -> str:
+    """Three digits with a unit that suits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value:.0f} s"
+    return f"{value * 1e6:.3g} us"
+
+
+def table(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
+    """Markdown: one line a contestant, with the median, the range, and how many times faster ours is."""
+    lines = ["| | median | min to max | rpg_fast is faster by |", "|---|---|---|---|"]
+    for title, rows in groups.items():
+        ours = [row for row in rows if row.role == "ours"]
+        lines.append(f"| **{title}** | | | |")
+        for row in rows:
+            name = f"`{row.name}`" if row.role == "ours" else row.name
+            detail = f" ({row.setting})" if row.setting else ""
+            spread = "ran once" if row.once else f"{seconds(row.least)} to {seconds(row.most)}"
+            ratio = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours) if row.role != "ours" else ""
+            median = f"**{seconds(row.median)}**" if row.role == "ours" else seconds(row.median)
+            lines.append(f"| {name}{detail} | {median} | {spread} | {ratio} |")
+    return "\n".join([*lines, "", footer(machine, groups)])
+
+
+def footer(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
+    rounds = sorted({row.rounds for rows in groups.values() for row in rows if not row.once})
+    times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0])
+    cuda = f", CUDA {machine['torch_cuda']}" if machine["kind"] == "cuda" else f", {machine['threads']} threads"
+    return (
+        f"{machine['device']}{cuda}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit'][:10]}. "
+        f"Medians of {times} rounds in which the contestants take turns."
+    )
+
+
+def plot(machine: dict[str, Any], groups: dict[str, list[Row]], path: Path) -> None:
+    """Median times on a logarithmic axis, a panel a race, with their ranges and, beside each peer, how much faster ours is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(rows) + 0.9 for rows in groups.values()]
+    figure, axes = pyplot.subplots(
+        len(groups),
+        1,
+        figsize=(9, 0.36 * sum(heights) + 0.8),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    colours = {"ours": "#c2410c", "peer": "#475569", "bound": "#94a3b8"}
+    for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
+        best = min((row for row in rows if row.role == "ours"), key=lambda row: row.median)
+        for y, row in enumerate(rows):
+            colour = colours[row.role]
+            axis.plot([row.least, row.most], [y, y], color=colour, alpha=0.35, linewidth=5, solid_capstyle="round")
+            axis.plot(row.median, y, "o", color=colour, markersize=7)
+            label = seconds(row.median)
+            if row.role != "ours":
+                label += f"   {best.faster[row.name]:.2g}x"
+            axis.annotate(label, (row.most, y), (9, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8.5)
+        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+            tick.set_color(colours[row.role])
+            tick.set_fontweight("bold" if row.role == "ours" else "normal")
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xscale("log")
+        axis.set_xlim(min(row.least for row in rows) / 1.3, max(row.most for row in rows) * 3.2)
+        axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        axis.grid(axis="x", which="major", alpha=0.25)
+        axis.xaxis.set_major_formatter(lambda value, _: seconds(value))
+        axis.xaxis.set_minor_formatter("")
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    figure.supxlabel(footer(machine, groups), fontsize=7.5, color="#475569")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def insert(readme: str, word: str, text: str) -> str:
+    """`readme` with `text` between the markers of `word`.
+
+    Raises:
+        ValueError: the markers are not there exactly once.
+    """
+    between = re.compile(rf"(<!-- bench:{re.escape(word)} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    replaced, count = between.subn(lambda match: f"{match[1]}{text}\n{match[2]}", readme)
+    if count != 1:
+        raise ValueError(f"wanted one pair of markers <!-- bench:{word} --> ... <!-- /bench -->, found {count}")
+    return replaced
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Tables and pictures from the benchmarks' JSON.")
+    parser.add_argument("json", type=Path, nargs="+")
+    parser.add_argument("--readme", type=Path, help="put the tables between the markers of this file")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder of the pictures")
+    options = parser.parse_args(arguments)
+    for path in options.json:
+        try:
+            machine, groups = read(path)
+            text = table(machine, groups)
+            if options.readme:
+                options.readme.write_text(insert(options.readme.read_text(), path.stem, text))
+            else:
+                print(text)
+        except (OSError, ValueError) as error:
+            print(f"report.py: {error}", file=sys.stderr)
+            return 1
+        plot(machine, groups, options.images / f"bench_{path.stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
