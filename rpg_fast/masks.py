@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg_fast import _ops as _ops  # registers the ops
-from rpg_fast import grouping
+from rpg_fast import grouping, reference
 
 SEGMENT_BYTES = 128  # every weight's bits start at a multiple: 1024 weights, one block's work, aligned for vector loads
 
@@ -77,6 +78,9 @@ class MaskLayout:
         """The bits [nbytes] of the `counts` best eligible scores, per weight or over all (see
         `reference.select_topk`)."""
         views = self.views(scores)
+        if not per_tensor and len({v.dtype for v in views}) > 1:
+            common = reference.accumulation_dtype(views)
+            views = [v.to(common) for v in views]
         return torch.ops.rpg_fast.select_topk(views, counts, self.offsets, self.nbytes, eligible, absolute, per_tensor)
 
 
@@ -92,7 +96,7 @@ class PackedMasks:
         weights, layout: the tensors by name; their `MaskLayout`.
 
     Raises:
-        ValueError: no weights, or weights on several devices.
+        ValueError: no weights, weights on several devices, or one weight under several names.
     """
 
     def __init__(self, weights: NamedWeights):
@@ -102,9 +106,20 @@ class PackedMasks:
         if len(devices) > 1:
             raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
         self.weights = dict(weights)
+        self._index = self._positions()
+        if len(self._index) < len(self.weights):
+            counts = Counter(map(id, self.weights.values()))
+            shared = [name for name, w in self.weights.items() if counts[id(w)] > 1]
+            raise ValueError(f"the same tensor under several names: {shared}")
         self.layout = MaskLayout.of(self.weights.values())
-        self._index = {id(w): i for i, w in enumerate(self.weights.values())}
         self.bits = self.layout.pack(torch.ones_like(w, dtype=torch.bool) for w in self.weights.values())
+
+    def _positions(self) -> dict[int, int]:
+        return {id(w): i for i, w in enumerate(self.weights.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._index = self._positions()  # a copy holds other tensors
 
     @property
     def names(self) -> list[str]:
@@ -198,7 +213,7 @@ def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: floa
     torch.ops.rpg_fast.mask_(views, masks.bits, offsets, scale)
 
 
-# ------------------------------------------------------------ one mask at a time
+# --------------------------------------------------------------------------------------------------- one mask at a time
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -289,7 +304,7 @@ def _check_scores(name: str, scores: Tensor) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
 
 
-# ------------------------------------------------------------ distributions
+# -------------------------------------------------------------------------------------------------------- distributions
 
 
 def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
