@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #define RPG_FAST_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define RPG_FAST_HOST_DEVICE inline
+#define RPG_FAST_HOST_DEVICE inline __attribute__((always_inline))
 #include <barrier>
 #include <thread>
 #include <vector>

@@ -119,6 +119,12 @@ inline void check_segment(const char* op, size_t i, int64_t offset, int64_t nume
                   numel, " bits at byte ", offset, " does not fit into ", nbytes, " bytes");
 }
 
+/// The same for ops that take an offset of -1 as "no mask".
+inline void check_mask_segment(const char* op, size_t i, int64_t offset, int64_t numel, int64_t nbytes) {
+  STD_TORCH_CHECK(offset >= -1, op, ": offsets[", i, "] must be a byte or -1 for no mask, got ", offset);
+  if (offset >= 0) check_segment(op, i, offset, numel, nbytes);
+}
+
 inline void check_length(const char* op, const char* what, size_t got, size_t wanted) {
   STD_TORCH_CHECK(got == wanted, op, ": ", what, " must have ", wanted, " entries, got ", got);
 }

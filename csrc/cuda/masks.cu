@@ -1,8 +1,7 @@
-#include "../masks.h"
-
 #include <cuda_runtime.h>
 
 #include "../common.h"
+#include "../masks.h"
 
 namespace rpg_fast {
 namespace {
@@ -16,11 +15,10 @@ struct Segments {
 };
 
 /// One block a segment.
-__global__ void __launch_bounds__(kThreads) popcount_kernel(const uint8_t* __restrict__ bits, const Segments segments,
-                                                            int64_t* __restrict__ counts) {
+__global__ void __launch_bounds__(kThreads)
+    popcount_kernel(const uint8_t* __restrict__ bits, const Segments segments, int64_t* __restrict__ counts) {
   __shared__ int64_t scratch[kThreads / CudaBlock::kWarp];
-  const int64_t ones =
-      count_ones(CudaBlock{}, bits + segments.offset[blockIdx.x], segments.numel[blockIdx.x], scratch);
+  const int64_t ones = count_ones(CudaBlock{}, bits + segments.offset[blockIdx.x], segments.numel[blockIdx.x], scratch);
   if (threadIdx.x == 0) counts[blockIdx.x] = ones;
 }
 
