@@ -27,6 +27,9 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         if masks is not None:
             self.set_masks(masks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "masks": self.masks}  # torch's has no place for more: copies would lack them
+
     def set_masks(self, masks: PackedMasks | None) -> None:
         """Masks the parameters that `masks` holds from the next step on; None masks nothing.
 
