@@ -34,7 +34,7 @@ Tensor borrow_transposed(const T* data, int64_t rows, int64_t columns) {
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -52,7 +52,7 @@ Eigen<T> eigh(const T* G, int64_t m) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 2> stack{from(borrow(G, m, m)), from(std::string("L"))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor values = to<Tensor>(stack[0]), vectors = to<Tensor>(stack[1]);
   return {torch::stable::contiguous(values), torch::stable::contiguous(torch::stable::transpose(vectors, 0, 1))};
 }
