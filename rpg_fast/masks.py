@@ -284,10 +284,10 @@ def drop_and_grow(
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`prune_and_grow` for all weights of a layout at once: the bits that stay and the bits that are grown,
-    disjoint."""
-    active = layout.popcount(bits)  # [B]
-    n_grow = (active.double() * drop_fraction).floor().long()
+    """`prune_and_grow` for all weights of a layout at once: the bits that stay and the bits that are grown, disjoint.
+    A mask of ones all stays: dropping would only grow the same weights again."""
+    active, inactive = layout.popcount(bits), layout.popcount(~bits)  # [B]
+    n_grow = torch.where(inactive > 0, (active.double() * drop_fraction).floor().long(), 0)
     kept = layout.select(drop_scores, active - n_grow, eligible=bits, absolute=absolute)
     grown = layout.select(grow_scores, n_grow, eligible=~kept, absolute=absolute)
     return kept, grown

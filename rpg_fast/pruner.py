@@ -15,7 +15,7 @@ from rpg_fast import grouping
 from rpg_fast import masks as _masks
 from rpg_fast.masks import PackedMasks, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
-from rpg_fast.rank_loss import RankState, add_rank_grad_
+from rpg_fast.rank_loss import RankState, add_rank_grad_, check_options
 from rpg_fast.schedules import ConstantSparsity, CosineDrop, ExponentialSparsity, PolynomialSparsity
 
 Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
@@ -51,6 +51,19 @@ class PruneStats:
     def sparsity(self) -> Tensor:
         """The fraction of zeros of each mask, float64 [B]."""
         return 1 - self.active.double() / self.total.clamp(min=1)
+
+
+def _forbid_rises(earlier: list[int], later: list[int]) -> None:
+    """Changes the counts `later` so that none exceeds `earlier`'s, and their sum stays: rounding by largest remainders
+    may give a weight of fewer ones a higher count, but an update cannot."""
+    surplus = 0
+    for i, limit in enumerate(earlier):
+        surplus += max(0, later[i] - limit)
+        later[i] = min(later[i], limit)
+    for i, limit in enumerate(earlier):
+        room = min(surplus, limit - later[i])
+        later[i] += room
+        surplus -= room
 
 
 class RankPruner:
@@ -150,8 +163,7 @@ class RankPruner:
         self.rank_layers = dict(
             grouping.prunable_weights(model, include=grouping.CONVOLUTIONS) if rank_layers is None else rank_layers
         )
-        if self._uses_rank_loss() and not self.rank_layers:
-            raise ValueError("rank_weight is set, but there are no rank_layers: the model has no convolution")
+        self._check_rank_options()
         self.process_group, self.generator = process_group, generator
         self.step_count = 0
         self.last_rank_loss: Tensor | None = None
@@ -166,6 +178,14 @@ class RankPruner:
             self._synchronise(self.masks.bits)
             self.apply_masks_()
 
+    def _check_rank_options(self) -> None:
+        if not self._uses_rank_loss():
+            return
+        if not self.rank_layers:
+            raise ValueError("rank_weight is set, but there are no rank_layers: the model has no convolution")
+        layers: list[Tensor] = list(self.rank_layers.values())
+        check_options(layers, self.tail_energy, self.rank_method, "fp32", None, 1, self.min_sparsity)
+
     def _check_optimizer(self) -> None:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = [name for name, w in self.weights.items() if id(w) not in held]
@@ -176,6 +196,10 @@ class RankPruner:
         self, schedule: str | Schedule, update_every: int, prune_until: float, update_until: float
     ) -> Schedule:
         if not isinstance(schedule, str):
+            if schedule.sparsity != self.sparsity:
+                raise ValueError(f"sparsity={self.sparsity} contradicts the schedule's {schedule.sparsity}")
+            if schedule.end > self.total_steps:
+                raise ValueError(f"the schedule ends at step {schedule.end}, after total_steps={self.total_steps}")
             return schedule
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a schedule object, got {schedule!r}")
@@ -202,6 +226,8 @@ class RankPruner:
             else:
                 per_weight = self._distribute(sparsity)
                 rows.append([_masks.kept_count(n, s) for n, s in zip(numels, per_weight, strict=True)])
+                if n > 0:
+                    _forbid_rises(rows[-2], rows[-1])
         return torch.tensor(rows, dtype=torch.int64, device=self.masks.bits.device)
 
     def _distribute(self, sparsity: float) -> list[float]:
@@ -210,6 +236,9 @@ class RankPruner:
             unknown = sorted(self.distribution.keys() ^ self.weights.keys())
             if unknown:
                 raise ValueError(f"distribution must name exactly the pruned weights, these differ: {unknown[:5]}")
+            beyond = {name: share for name, share in self.distribution.items() if not 0 <= share <= 1}
+            if beyond:
+                raise ValueError(f"the sparsities of the distribution must lie in [0, 1], got {beyond}")
             share = sparsity / self.sparsity if self.sparsity else 0.0
             return [share * self.distribution[name] for name in self.weights]
         if self.distribution not in DISTRIBUTIONS:

@@ -184,7 +184,7 @@ def _spectra(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
-    _check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
     if state is not None:
         state._check(weights)
         state.calls += 1
@@ -212,7 +212,7 @@ def _spectra(
     return spectra
 
 
-def _check_options(
+def check_options(
     weights: list[Tensor],
     tail_energy: float | Tensor,
     method: str,
@@ -221,6 +221,7 @@ def _check_options(
     refresh_every: int,
     min_sparsity: float,
 ) -> None:
+    """Raises ValueError for what `rank_loss` does not take."""
     devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
