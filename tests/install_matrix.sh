@@ -133,8 +133,17 @@ incremental() {
   output="$("${build[@]}" 2>&1)" && [[ "$output" == *"[1/"* ]]
 }
 
+# The headers of the oldest torch, the library loaded in the pinned one. Downloads a wheel of half a gigabyte, installs none of it.
+oldest_torch_headers() {
+  fresh_tree && with_torch && mkdir oldest || return 1
+  env -u PIP_CONSTRAINT "$venv/bin/pip" download -q --no-deps -d oldest torch==2.11.0 &&
+    (cd oldest && "$python" -m zipfile -e torch-*.whl . && rm torch-*.whl) &&
+    RPG_FAST_TORCH="$tree/oldest" "$venv/bin/pip" install -q -e . && check "${built[@]}" "'torch 2.11.0' in r['build']['outcome']"
+}
+
 trials=(cpu_torch_pip_23_2_1 cpu_torch_newest_pip no_torch offline setup_py_inplace incremental no_nvcc no_compiler
-  no_compiler_but_required cpp_does_not_compile cuda_does_not_compile uv_isolated uv_no_build_isolation sdist_wheel)
+  no_compiler_but_required cpp_does_not_compile cuda_does_not_compile uv_isolated uv_no_build_isolation sdist_wheel
+  oldest_torch_headers)
 
 if [[ -z "$only" || "$only" == uv* ]]; then "$python" -m venv "$work/uv" && "$work/uv/bin/pip" install -q uv; fi
 failures=0
