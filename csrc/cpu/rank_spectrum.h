@@ -51,95 +51,101 @@ Split<T> split(const double* G, int64_t live, int64_t m, double target) {
   return {rank, bottom, count, std::vector<T>(first, first + count * live)};
 }
 
-/// The smaller side S of a split of approximate eigenvectors, with the pieces of its correction.
+/// S [count, m], approximate eigenvectors on the smaller side of a split, to be refined against the other side C [others, m].
 struct Refinement {
-  const Eigen<float>& eigen;
-  int64_t m, k;
-  bool bottom;
-  int64_t count;                 // vectors in S
-  std::vector<double> energies;  // Rayleigh quotients of S
-  double across = 0;             // ... and of the nearest vector of the other side
-  double residual = 0;           // the largest ||G v - rho v|| in S
-  std::vector<float> residuals;  // G v - rho v [count, m]
+  const double* G;
+  int64_t m, count, others;
+  bool bottom;              // S holds the lower eigenvalues
+  std::vector<float> S;
+  const float* C;
+  const float* C_energies;  // ascending
+  int64_t neighbour;        // the one in C that is nearest to S
 
-  int64_t first() const { return bottom ? 0 : m - k; }
-  int64_t other() const { return bottom ? m - k : 0; }
-  const float* S() const { return eigen.vectors() + first() * m; }
-  const float* C() const { return eigen.vectors() + other() * m; }
+  std::vector<double> energies{};   // Rayleigh quotients of S
+  double neighbour_energy = 0;
+  std::vector<float> residuals{};   // G v - rho v [count, m]
+  double largest_residual = 0;      // its norm
+
   double inner() const { return bottom ? energies.back() : energies.front(); }
-  double gap() const { return std::abs(across - inner()); }
-  double sum() const { return std::accumulate(energies.begin(), energies.end(), 0.0); }
-  double tail_energy() const { return bottom ? sum() : 1 - sum(); }
+  double gap() const { return std::abs(neighbour_energy - inner()); }
+  double tail_energy() const {
+    const double sum = std::accumulate(energies.begin(), energies.end(), 0.0);
+    return bottom ? sum : 1 - sum;
+  }
 };
 
-/// Rayleigh quotients and residuals, in float64, of S and of its neighbour on the other side.
-inline void measure(const double* G, Refinement& r) {
+/// Rayleigh quotients and residuals, in float64.
+inline void measure(Refinement& r) {
   const int64_t m = r.m, rows = r.count + 1;
-  const float* block = r.bottom ? r.S() : r.S() - m;  // S and its neighbour, in ascending order
-  std::vector<double> V(block, block + rows * m), image(rows * m);
-  multiply(borrow(V.data(), rows, m), borrow(G, m, m), borrow(image.data(), rows, m));
+  std::vector<double> V(rows * m), image(rows * m);
+  std::copy_n(r.S.data(), r.count * m, V.data());
+  std::copy_n(r.C + r.neighbour * m, m, V.data() + r.count * m);
+  multiply(borrow(V.data(), rows, m), borrow(r.G, m, m), borrow(image.data(), rows, m));
+  r.energies.resize(r.count);
   r.residuals.resize(r.count * m);
-  float* residuals = r.residuals.data();
+  r.largest_residual = 0;
   for (int64_t i = 0; i < rows; ++i) {
     const double* v = V.data() + i * m;
     const double* Gv = image.data() + i * m;
     double square = 0, energy = 0, error = 0;
     for (int64_t c = 0; c < m; ++c) square += v[c] * v[c], energy += v[c] * Gv[c];
     energy /= square;
-    if (i == (r.bottom ? r.count : 0)) {
-      r.across = energy;
-      continue;
+    if (i == r.count) {
+      r.neighbour_energy = energy;
+      break;
     }
+    r.energies[i] = energy;
     for (int64_t c = 0; c < m; ++c) {
       const double difference = Gv[c] - energy * v[c];
       error += difference * difference;
-      *residuals++ = static_cast<float>(difference);
+      r.residuals[i * m + c] = static_cast<float>(difference);
     }
-    r.energies.push_back(energy);
-    r.residual = std::max(r.residual, std::sqrt(error));
+    r.largest_residual = std::max(r.largest_residual, std::sqrt(error));
   }
 }
 
-/// The target picks k and neither neighbour, by more than the error of the energies.
-inline bool is_nearest(const Refinement& r, double error, double target) {
-  const double e = r.tail_energy(), below = r.bottom ? r.inner() : r.across, above = r.bottom ? r.across : r.inner();
-  const double distance = std::abs(e - target) + error;
-  return distance < std::abs(e + above - target) && distance < std::abs(e - below - target);
-}
+/// What a rotation tells: what is left of the angle between S and the invariant subspace, and by how much the energies were off.
+struct Rotation {
+  double left, shift;
+};
 
-/// S <- S + Z C, Z the first-order rotation that removes the coupling of S to the other side C, then S orthonormal to first order.
-/// Nothing if what remains could reach `tolerance`.
-inline std::optional<std::vector<float>> rotate(const Refinement& r, double target, double tolerance) {
-  const int64_t m = r.m, others = m - r.count;
-  std::vector<float> Z(r.count * others), S(r.count * m), overlap(r.count * r.count), excess(r.count * m);
-  multiply(borrow(r.residuals.data(), r.count, m), borrow_transposed(r.C(), others, m), borrow(Z.data(), r.count, others));
-  const float* others_energies = r.eigen.values() + r.other();
-  const int64_t neighbour = r.bottom ? 0 : others - 1;
+/// S <- S + Z C, Z the first-order rotation that removes the coupling of S to C; then S orthonormal to first order.
+inline Rotation rotate(Refinement& r) {
+  const int64_t m = r.m, n = r.count;
+  std::vector<float> Z(n * r.others), change(n * m), overlap(n * n);
+  multiply(borrow(r.residuals.data(), n, m), borrow_transposed(r.C, r.others, m), borrow(Z.data(), n, r.others));
   double square = 0, shift = 0;
-  for (int64_t s = 0; s < r.count; ++s) {
-    for (int64_t c = 0; c < others; ++c) {
-      const double gap = r.energies[s] - (c == neighbour ? r.across : others_energies[c]);
-      const double z = Z[s * others + c] / gap;
-      Z[s * others + c] = static_cast<float>(z);
+  for (int64_t s = 0; s < n; ++s) {
+    for (int64_t c = 0; c < r.others; ++c) {
+      const double gap = r.energies[s] - (c == r.neighbour ? r.neighbour_energy : r.C_energies[c]);
+      const double z = Z[s * r.others + c] / gap;
+      Z[s * r.others + c] = static_cast<float>(z);
       square += z * z;
       shift += z * z * std::abs(gap);
     }
   }
+  multiply(borrow(Z.data(), n, r.others), borrow(r.C, r.others, m), borrow(change.data(), n, m));
+  for (int64_t i = 0; i < n * m; ++i) r.S[i] += change[i];
+  multiply(borrow(r.S.data(), n, m), borrow_transposed(r.S.data(), n, m), borrow(overlap.data(), n, n));
+  for (int64_t i = 0; i < n; ++i) overlap[i * n + i] -= 1;
+  multiply(borrow(overlap.data(), n, n), borrow(r.S.data(), n, m), borrow(change.data(), n, m));
+  for (int64_t i = 0; i < n * m; ++i) r.S[i] -= change[i] / 2;
   const double angle = std::sqrt(square);
-  if (!(angle * (angle + 2 * r.residual / r.gap()) < tolerance) || !is_nearest(r, 4 * shift + 1e-10, target)) return {};
-  multiply(borrow(Z.data(), r.count, others), borrow(r.C(), others, m), borrow(S.data(), r.count, m));
-  for (int64_t i = 0; i < r.count * m; ++i) S[i] += r.S()[i];
-  multiply(borrow(S.data(), r.count, m), borrow_transposed(S.data(), r.count, m), borrow(overlap.data(), r.count, r.count));
-  for (int64_t i = 0; i < r.count; ++i) overlap[i * r.count + i] -= 1;
-  multiply(borrow(overlap.data(), r.count, r.count), borrow(S.data(), r.count, m), borrow(excess.data(), r.count, m));
-  for (int64_t i = 0; i < r.count * m; ++i) S[i] -= excess[i] / 2;
-  return S;
+  return {angle * (angle + 2 * r.largest_residual / r.gap()), shift};
 }
 
-/// By an eigendecomposition in float32 and one step of refinement in float64, at about half the cost. Nothing where that is not
-/// certain to be enough: a gap too small at k, a target too near to the middle between two ranks, a failed decomposition.
+/// The target picks this split and neither neighbouring one, by more than `error` in the energies.
+inline bool is_nearest(const Refinement& r, double error, double target) {
+  const double e = r.tail_energy(), distance = std::abs(e - target) + error;
+  const double below = r.bottom ? r.inner() : r.neighbour_energy, above = r.bottom ? r.neighbour_energy : r.inner();
+  return distance < std::abs(e + above - target) && distance < std::abs(e - below - target);
+}
+
+/// By an eigendecomposition in float32 and a few steps of refinement in float64, at about half the cost. Nothing where that is
+/// not certain to be enough: a gap too small at k, a target too near to the middle between two ranks, a failed decomposition.
 inline std::optional<Split<float>> split_refined(const double* G, int64_t live, int64_t m, double target) {
-  constexpr double kTolerance = 2e-6;  // of the projector, Frobenius
+  constexpr double kTolerance = 5e-6;  // of the projector, Frobenius norm
+  constexpr int kSteps = 3;
   Eigen<float> eigen;
   try {
     const std::vector<float> rounded(G, G + live * live);
@@ -150,11 +156,21 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   const int64_t k = nearest_rank(eigen.values(), live, m, target).k;
   if (k < 1 || k >= live) return {};
   const bool bottom = live - k < k;
-  Refinement refinement{eigen, live, k, bottom, bottom ? live - k : k, {}, 0, 0, {}};
-  measure(G, refinement);
-  auto basis = rotate(refinement, target, kTolerance);
-  if (!basis) return {};
-  return Split<float>{{k, refinement.tail_energy()}, bottom, refinement.count, std::move(*basis)};
+  const int64_t cut = live - k, count = std::min(k, cut), others = live - count;
+  const float* upper = eigen.vectors() + cut * live;
+  Refinement r{G, live, count, others, bottom, {}, bottom ? upper : eigen.vectors(), eigen.values() + (bottom ? cut : 0),
+               bottom ? 0 : others - 1};
+  r.S.assign(bottom ? eigen.vectors() : upper, (bottom ? eigen.vectors() : upper) + count * live);
+  for (int step = 0; step < kSteps; ++step) {
+    measure(r);
+    const Rotation rotation = rotate(r);
+    if (!(rotation.left < 0.1)) return {};
+    if (rotation.left < kTolerance) {
+      if (!is_nearest(r, 4 * rotation.shift + 1e-10, target)) return {};
+      return Split<float>{{k, r.tail_energy()}, bottom, count, std::move(r.S)};
+    }
+  }
+  return {};
 }
 
 /// N = -2 ((1 - e) I - P) [m, m] of a split of the live rows. Of a k above their number, what remains falls on the first zero rows.
