@@ -3,7 +3,10 @@ it the same code runs on a small network, once, for the comparison of results.""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 
 import rpg_fast
 from benchmarks.environment import environment
+from benchmarks.peers import one_thread_each
 from benchmarks.race import CLOCK
 from rpg_fast import _info
 
@@ -34,7 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit", default=None, help="the commit to record, where there is no .git")
 
 
+LOAD: pytest.StashKey[float] = pytest.StashKey()  # processes that wanted to run before these did
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LOAD] = os.getloadavg()[0]
     if not config.getoption("benchmark_only"):
         config.option.benchmark_disable = True  # one small run each: there is nothing to tell about time
 
@@ -43,12 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and "benchmark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK.now))
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _small_runs_on_one_thread(scale: Scale) -> Iterator[None]:
+    with nullcontext() if scale.full else one_thread_each():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +78,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
     return facts | {
         "kind": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
+        "load_before": config.stash[LOAD],
         "rpg_fast": rpg_fast.__version__,
         "ops": {op: row["cuda" if cuda else "cpu"] for op, row in _info.backend_table().items()},
     }

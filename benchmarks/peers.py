@@ -61,21 +61,22 @@ def gram_eigh_threads(weights: Sequence[Tensor], tail_energy: float, pool: Threa
     with one_thread_each():
         parts = pool.map(lambda i: _gram_eigh(weights[i], tail_energy), largest_first)
         results = dict(zip(largest_first, parts, strict=True))
-    active = max(1, sum(e > 0 for e, _ in results.values()))
+    tails = [e for e, _ in results.values() if e is not None]
+    active = max(1, len(tails))
     torch._foreach_add_([w.grad for w in weights], [results[i][1] for i in range(len(weights))], alpha=1 / active)
-    return -sum(e for e, _ in results.values()) / active
+    return -sum(tails) / active
 
 
 @torch.no_grad()
-def _gram_eigh(weight: Tensor, tail_energy: float) -> tuple[float, Tensor]:
-    """e of one weight, and the gradient of -e."""
+def _gram_eigh(weight: Tensor, tail_energy: float) -> tuple[float | None, Tensor]:
+    """e of one weight, None if it is all-zero, and the gradient of -e."""
     matrix = weight.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     X = matrix.mT if tall else matrix  # [m, n]
     rows = X.any(1).nonzero().squeeze(1)
     m, r = len(X), len(rows)
     if r == 0:
-        return 0.0, torch.zeros_like(weight)
+        return None, torch.zeros_like(weight)
     Y = X if r == m else X[rows]  # [r, n]
     precise = Y.double()
     gram = precise @ precise.mT  # [r, r]
@@ -112,6 +113,7 @@ def gram_eigh_batches(weights: Sequence[Tensor], tail_energy: float) -> Tensor:
     read by the host outside `eigh`. Adds to `.grad`, returns the loss."""
     groups = grouping.groups_of_equal_m(weights)
     tails = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
+    nonzero = torch.zeros_like(tails)
     gradients: list[Tensor] = [torch.empty(0)] * len(weights)
     for m, members in groups.items():
         matrices = [weights[i].flatten(1) for i in members]
@@ -126,8 +128,10 @@ def gram_eigh_batches(weights: Sequence[Tensor], tail_energy: float) -> Tensor:
         M = ((top @ V.mT - torch.diag_embed((1 - e).expand(-1, m))) * (2 / safe)[:, None, None]).float()
         for i, W, product in zip(members, matrices, M, strict=True):
             gradients[i] = (product @ W if len(W) <= W.shape[1] else W @ product).view(weights[i].shape)
-        tails[members] = torch.where(squares > 0, e.squeeze(1), 0.0)
-    active = (tails > 0).sum().clamp(min=1)
+        index = torch.tensor(members, device=V.device)
+        nonzero[index] = (squares > 0).double()
+        tails[index] = e.squeeze(1) * nonzero[index]
+    active = nonzero.sum().clamp(min=1)
     scale = (1 / active).float()
     torch._foreach_mul_(gradients, scale)
     torch._foreach_add_([w.grad for w in weights], gradients)

@@ -52,7 +52,7 @@ class RecordedClock:
     def __init__(self) -> None:
         self._now, self._laps = 0.0, iter(())
 
-    def __call__(self) -> float:
+    def now(self) -> float:
         return self._now
 
     def wind(self, laps: Iterable[float]) -> None:

@@ -2,8 +2,9 @@
 
     python benchmarks/report.py benchmarks/results/cpu.json [--readme README.md] [--images docs/images]
 
-For each file, the table goes to standard output or, with --readme, between ``<!-- bench:cpu -->`` and ``<!-- /bench -->``
-there (the word is the name of the file); the picture goes to <images>/bench_cpu.png.
+For each file, the table goes to standard output or, with --readme, between ``<!-- bench:cpu -->`` and
+``<!-- /bench -->`` there; the picture goes to <images>/bench_cpu.png. The word is the name of the file, or of its folder
+where the file is called bench.json.
 """
 
 from __future__ import annotations
@@ -59,15 +60,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
         )
     if not groups:
         raise ValueError(f"{path} holds no benchmarks")
-    return content["machine_info"] | {"commit": content["commit_info"]["id"]}, groups
+    commit = content.get("environment", content["machine_info"]).get("commit") or content["commit_info"]["id"]
+    return content["machine_info"] | {"commit": commit}, groups
 
 
 def seconds(value: float) -> str:
-    """Three digits with a unit that suits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value:.0f} s"
-    return f"{value * 1e6:.3g} us"
+    """Two to three digits with a unit that suits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= 0.9995 * size or unit == "us":
+            break
+    number = value / size
+    return f"{number:.0f} {unit}" if number >= 99.5 else f"{number:.3g} {unit}"
 
 
 def table(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
@@ -80,37 +83,36 @@ def table(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
             name = f"`{row.name}`" if row.role == "ours" else row.name
             detail = f" ({row.setting})" if row.setting else ""
             spread = "ran once" if row.once else f"{seconds(row.least)} to {seconds(row.most)}"
-            ratio = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours) if row.role != "ours" else ""
             median = f"**{seconds(row.median)}**" if row.role == "ours" else seconds(row.median)
-            lines.append(f"| {name}{detail} | {median} | {spread} | {ratio} |")
+            ratio = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours) if row.role != "ours" else ""
+            lines.append(f"| {name}{detail} | {median} | {spread} | {ratio} |".replace("|  |", "| |"))
     return "\n".join([*lines, "", footer(machine, groups)])
 
 
 def footer(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
     rounds = sorted({row.rounds for rows in groups.values() for row in rows if not row.once})
     times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0])
+    load = machine["load_before"]
+    busy = f", on a machine busy with other work (load {load:.0f})" if load > 0.5 * machine["cpu_cores"] else ""
     cuda = f", CUDA {machine['torch_cuda']}" if machine["kind"] == "cuda" else f", {machine['threads']} threads"
     return (
-        f"{machine['device']}{cuda}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit'][:10]}. "
-        f"Medians of {times} rounds in which the contestants take turns."
+        f"{machine['device']}{cuda}, torch {machine['torch']}, Python {machine['python']}, "
+        f"commit {machine['commit'][:10]}. Medians of {times} rounds in which the contestants take turns{busy}."
     )
 
 
 def plot(machine: dict[str, Any], groups: dict[str, list[Row]], path: Path) -> None:
-    """Median times on a logarithmic axis, a panel a race, with their ranges and, beside each peer, how much faster ours is."""
+    """Median times on a logarithmic axis, a panel a race, with their ranges and, beside each peer, how much faster ours
+    is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     heights = [len(rows) + 0.9 for rows in groups.values()]
+    size = (9, 0.36 * sum(heights) + 0.8)
     figure, axes = pyplot.subplots(
-        len(groups),
-        1,
-        figsize=(9, 0.36 * sum(heights) + 0.8),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
+        len(groups), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
     colours = {"ours": "#c2410c", "peer": "#475569", "bound": "#94a3b8"}
     for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
@@ -166,14 +168,15 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             machine, groups = read(path)
             text = table(machine, groups)
+            word = path.parent.name if path.stem == "bench" else path.stem
             if options.readme:
-                options.readme.write_text(insert(options.readme.read_text(), path.stem, text))
+                options.readme.write_text(insert(options.readme.read_text(), word, text))
             else:
                 print(text)
         except (OSError, ValueError) as error:
             print(f"report.py: {error}", file=sys.stderr)
             return 1
-        plot(machine, groups, options.images / f"bench_{path.stem}.png")
+        plot(machine, groups, options.images / f"bench_{word}.png")
     return 0
 
 

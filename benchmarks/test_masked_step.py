@@ -113,8 +113,9 @@ def race_of(kind: Kind, scale: Scale) -> Race:
 
     copying = _copying(kind, model)
     ours = _ours(kind, _copy(model), masks, scale)
-    peers = [_peer(kind, name, _copy(model), masks, how) for name, how in ((FOREACH, "foreach"), (FUSED, "fused"))]
-    return Race(f"masked step, {kind.name}, 161 parameters", [*peers, ours, copying], agree, full=scale.full)
+    foreach = _peer(kind, FOREACH, _copy(model), masks, "foreach", scale.full)
+    fused = _peer(kind, FUSED, _copy(model), masks, "fused", scale.full)
+    return Race(f"masked step, {kind.name}, 161 parameters", [foreach, fused, ours, copying], agree, full=scale.full)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -124,7 +125,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return network
 
 
-def _peer(kind: Kind, name: str, model: nn.Module, masks: dict[str, Tensor], how: str) -> Contestant:
+def _peer(kind: Kind, name: str, model: nn.Module, masks: dict[str, Tensor], how: str, full: bool) -> Contestant:
     on_gpu = next(model.parameters()).is_cuda
     capturable = {"capturable": True} if on_gpu and kind is ADAMW else {}
     training = Training(model, kind.theirs(model.parameters(), **kind.options, **{how: True}, **capturable))
@@ -132,7 +133,7 @@ def _peer(kind: Kind, name: str, model: nn.Module, masks: dict[str, Tensor], how
     for setting, dtype in (("float masks", torch.float32), ("bool masks", torch.bool)):
         run = with_multiplications(training, [mask.to(dtype) for mask in masks.values()], kind.state)
         candidates.append(Contestant(name, run, training.outcome, training.reset, graph=True, setting=setting))
-    return fastest(*candidates)
+    return fastest(*candidates) if full else candidates[0]
 
 
 def _ours(kind: Kind, model: nn.Module, masks: dict[str, Tensor], scale: Scale) -> Contestant:

@@ -43,7 +43,7 @@ def race(scale: Scale) -> Iterator[Race]:
     pruner = rpg_fast.RankPruner(model, optimizer, **RECIPE)
     step = next(s for s in range(100, 125_100, 100) if pruner.schedule(s) >= SPARSITY)
     sparsity, fraction = pruner.schedule(step), pruner.drop(step)
-    masks = prune(model, pruner.schedule(step - 100))
+    masks = prune(model, pruner.schedule(step - 100), together=True)
     weights = [w.detach() for w in pruner.weights.values()]
     pruner.masks.load_(masks)
     bits = pruner.masks.bits.clone()

@@ -1,0 +1,86 @@
+"""The report's table, picture and refusals; and that the benchmarks import without a warning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+HERE = Path(__file__).parent
+
+
+def entry(contestant: str, role: str, median: float, **facts: Any) -> dict[str, Any]:
+    stats = {"median": median, "min": 0.9 * median, "max": 1.2 * median, "rounds": 5}
+    facts = {"contestant": contestant, "role": role, "setting": "", "slow_ran_once": False} | facts
+    return {"name": contestant, "group": "a job", "stats": stats, "extra_info": facts}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A small file like those of the benchmarks."""
+    ratios = {"a loop": 40.0, "a copy": 0.5}
+    benchmarks = [
+        entry("a loop", "peer", 2.0, slow_ran_once=True),
+        entry("rpg_fast.thing", "ours", 0.05, setting="C++", times_faster_than=ratios),
+        entry("a copy", "bound", 0.025),
+    ]
+    machine = {
+        "device": "a CPU",
+        "kind": "cpu",
+        "threads": 2,
+        "torch": "2.13.0",
+        "python": "3.11.7",
+        "torch_cuda": None,
+    }
+    content = {"machine_info": machine, "commit_info": {"id": "0123456789abcdef"}, "benchmarks": benchmarks}
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_table_between_the_markers(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nafter <!-- /bench -->\n")
+    for _ in range(2):  # a second run changes nothing
+        assert report.main([str(results), "--readme", str(readme), "--images", str(tmp_path / "images")]) == 0
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench:cpu -->\n| |")
+        assert text.endswith("\n<!-- /bench -->\nafter <!-- /bench -->\n")
+        assert "old" not in text
+        assert "| a loop | 2 s | ran once | 40x |" in text
+        assert "| `rpg_fast.thing` (C++) | **50 ms** | 45 ms to 60 ms | |" in text
+        assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in text
+        assert "a CPU, 2 threads, torch 2.13.0, Python 3.11.7, commit 0123456789." in text
+    assert (tmp_path / "images" / "bench_cpu.png").stat().st_size > 5000
+
+
+def test_missing_markers_and_foreign_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here\n")
+    assert report.main([str(results), "--readme", str(readme)]) == 1
+    assert "wanted one pair of markers <!-- bench:cpu -->" in capsys.readouterr().err
+    assert readme.read_text() == "nothing here\n"
+    (tmp_path / "other.json").write_text('{"benchmarks": []}')
+    assert report.main([str(tmp_path / "other.json")]) == 1
+    assert "holds no benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(4321.0, "4321 s"), (12.34, "12.3 s"), (0.9996, "1 s"), (0.99, "990 ms"), (0.0123, "12.3 ms"), (4.5e-5, "45 us")],
+)
+def test_seconds(value: float, text: str) -> None:
+    assert report.seconds(value) == text
+
+
+def test_benchmarks_import_without_a_warning() -> None:
+    modules = [f"benchmarks.{path.stem}" for path in sorted(HERE.glob("test_*.py"))]
+    command = [sys.executable, "-W", "error", "-c", f"import {', '.join(modules)}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=120)
+    assert done.returncode == 0, done.stderr
