@@ -21,7 +21,7 @@ def prunable_weights(
     exclude: Sequence[Selector] | Selector = (),
 ) -> dict[str, nn.Parameter]:
     """The weights of `model` that may be pruned, as an ordered ``{qualified name: Parameter}``; a shared weight
-    appears once.
+    appears once, under its first name, and is excluded if any of its names is.
 
     Args:
         include: module types whose `weight` is taken.
@@ -36,22 +36,23 @@ def prunable_weights(
     """
     selectors: list[Selector] = [exclude] if isinstance(exclude, (str, type)) or callable(exclude) else list(exclude)
     used = [False] * len(selectors)
-    seen: set[int] = set()
-    chosen: dict[str, nn.Parameter] = {}
+    excluded: set[int] = set()
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, include) or not isinstance(weight, nn.Parameter) or id(weight) in seen:
+        if not isinstance(module, include) or not isinstance(weight, nn.Parameter):
             continue
         name = f"{module_name}.weight" if module_name else "weight"
         hits = [_matches(selector, name, module_name, module) for selector in selectors]
         used = [was or hit for was, hit in zip(used, hits, strict=True)]
-        if not any(hits):
-            seen.add(id(weight))
-            chosen[name] = weight
+        if any(hits):
+            excluded.add(id(weight))
+        chosen.setdefault(id(weight), (name, weight))
+    kept = {name: weight for name, weight in chosen.values() if id(weight) not in excluded}
     unused = [selector for selector, was in zip(selectors, used, strict=True) if not was]
     if unused:
-        raise ValueError(f"exclude matched no prunable weight: {unused}; there are {list(chosen)}")
-    return chosen
+        raise ValueError(f"exclude matched no prunable weight: {unused}; there are {list(kept)}")
+    return kept
 
 
 def _matches(selector: Selector, weight_name: str, module_name: str, module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-# ------------------------------------------------------------ rank loss
+# ------------------------------------------------------------------------------------------------------------ rank loss
 
 
 def nearest_rank(energies: Tensor, tail_energy: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +106,7 @@ def project_groups(
             grams = [normalised_gram(grouping.short_side_first(weights[i])) for i in members]
             norm = torch.stack([norm for _, norm in grams])  # [b]
             P, group_k, group_e = project(members, torch.stack([G for G, _ in grams]))
+            P = torch.where(norm[:, None, None] != 0, P, 0.0)
             N = 2 * P - 2 * torch.diag_embed((1 - group_e)[:, None].expand(-1, m))
             finite = norm.isfinite()
             N = torch.where(finite[:, None, None], N, torch.nan).to(dtype)
@@ -116,7 +117,9 @@ def project_groups(
         norms_of_all, tails = torch.stack(norms), torch.stack(e)
         active = norms_of_all != 0
         if min_sparsity > 0:
-            active = active & (torch.stack([(w == 0).double().mean() for w in weights]) >= min_sparsity)
+            zeros = torch.stack([(w == 0).sum() for w in weights]).double()
+            sizes = torch.tensor([w.numel() for w in weights], dtype=torch.float64, device=device)
+            active = active & (zeros / sizes >= min_sparsity)  # a mean over the device would be inexact
         shares = active / active.sum().clamp(min=1).double()  # [B]
         loss = -(shares * torch.where(active, tails, 0.0)).sum().to(dtype)
         inv_norms = torch.where(norms_of_all != 0, 1 / norms_of_all, 0.0)
@@ -166,7 +169,7 @@ def rank_apply_(
         grad.add_(addend)
 
 
-# ------------------------------------------------------------ masks
+# ---------------------------------------------------------------------------------------------------------------- masks
 
 
 def _segment(bits: Tensor, offset: int, numel: int) -> Tensor:
@@ -257,7 +260,7 @@ def _best(keys: Tensor, count: Tensor) -> Tensor:
     )
 
 
-# ------------------------------------------------------------ optimizers
+# ----------------------------------------------------------------------------------------------------------- optimizers
 
 
 def _unscaled(grad: Tensor, param: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
