@@ -190,7 +190,12 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
     group.add("--autocast", "mixed precision (off)", choices=("bf16", "fp16"))
     group.flag("--channels-last", "channels_last memory format")
     group.add("--seed", "of weights, data order and masks", type=int)
-    group.add("--threads", "CPU threads (PyTorch's choice)", type=int, metavar="N")
+    group.add(
+        "--threads",
+        "CPU threads (PyTorch's choice; 1 for images up to 16 pixels, where that is fastest)",
+        type=int,
+        metavar="N",
+    )
 
 
 def _rank_every(text: str) -> int | str:

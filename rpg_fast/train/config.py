@@ -37,7 +37,7 @@ class TrainConfig:
     stem: Literal["imagenet", "small"] | None = None
     zero_init_residual: bool = False
     # training
-    epochs: int = 30
+    epochs: int = 40
     batch_size: int = 64
     accumulate: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"

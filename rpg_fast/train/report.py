@@ -45,8 +45,9 @@ def draw_report(
     curves, ranks = rows[0].subplots(1, 2, gridspec_kw={"wspace": 0.08})
     _draw_accuracy(curves, dense, sparse)
     _draw_ranks(ranks, sparse, before)
-    _draw_layers(rows[1].subplots(2, 1, sharex=True), before, after)
-    _draw_spectra(rows[2].subplots(1, SPECTRA, sharey=True), before, after)
+    labels = ("dense" if config.starts_dense else "initial", "sparse")
+    _draw_layers(rows[1].subplots(2, 1, sharex=True), before, after, labels)
+    _draw_spectra(rows[2].subplots(1, SPECTRA, sharey=True), before, after, labels)
     figure.savefig(path, dpi=140)
 
 
@@ -73,7 +74,7 @@ def _draw_accuracy(axes: Axes, dense: Sequence[EpochMetrics], sparse: Sequence[E
     known = sorted(row.test_accuracy for row in (*dense, *sparse))
     # the first epochs of a run would squeeze what matters into the top edge
     axes.set(ylim=(max(0.0, known[len(known) // 10] - 0.03), min(1.0, known[-1] + 0.02)))
-    axes.set_title("Accuracy and sparsity", loc="left")
+    axes.set_title("Accuracy", loc="left")
     axes.set(xlabel="epoch", ylabel="test accuracy", xlim=_span(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -90,15 +91,17 @@ def _draw_ranks(axes: Axes, sparse: Sequence[EpochMetrics], before: NetworkStati
     axes.plot(epochs, effective, color=GREEN, linewidth=1.8, label="effective rank / m")
     axes.plot(epochs, ratio, color=BLUE, linewidth=1.8, label="rank k / m")
     axes.plot(epochs, dead, color=ORANGE, linewidth=1.8, label="dead filters")
-    axes.set_title("Ranks, mean over convolutions", loc="left")
-    axes.set(xlabel="epoch", ylim=(0, 1), xlim=_span(epochs))
+    axes.set_title("Ranks", loc="left")
+    axes.set(xlabel="epoch", ylabel="mean over the convolutions", ylim=(0, 1), xlim=_span(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     _legend_above(axes)
 
 
-def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: NetworkStatistics) -> None:
+def _draw_layers(
+    panels: Sequence[Axes], before: NetworkStatistics, after: NetworkStatistics, labels: tuple[str, str]
+) -> None:
     positions = np.arange(len(after.layers))
     left = np.array([1 - layer.sparsity for layer in after.layers])  # the fraction of weights that is not zero
     floor = 10 ** np.floor(np.log10(min(left[left > 0].min(initial=1.0), 0.1)))
@@ -113,7 +116,7 @@ def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: Netwo
     top.axhline(1 / (1 - after.sparsity), color=VERMILION, linewidth=1.2, linestyle="--", label="all layers")
     _legend_above(top)
 
-    for statistics, colour, label, offset in ((before, BLUE, "before", -0.2), (after, VERMILION, "after", 0.2)):
+    for statistics, colour, label, offset in ((before, BLUE, labels[0], -0.2), (after, VERMILION, labels[1], 0.2)):
         ratios = [layer.rank / layer.m for layer in statistics.layers]
         bottom.bar(positions + offset, ratios, width=0.4, color=colour, label=label)
     bottom.set(ylim=(0, 1), ylabel="rank k / m")
@@ -128,14 +131,16 @@ def _draw_layers(panels: Sequence[Axes], before: NetworkStatistics, after: Netwo
         axes.set_axisbelow(True)
 
 
-def _draw_spectra(panels: Sequence[Axes], before: NetworkStatistics, after: NetworkStatistics) -> None:
+def _draw_spectra(
+    panels: Sequence[Axes], before: NetworkStatistics, after: NetworkStatistics, labels: tuple[str, str]
+) -> None:
     pairs = list(zip(before.layers, after.layers, strict=True))
     convolutions = [pair for pair in pairs if pair[0].is_convolution]
     chosen = np.unique(np.linspace(1 if len(convolutions) > SPECTRA else 0, len(convolutions) - 1, SPECTRA).round())
     for axes, index in zip(panels, chosen.astype(int), strict=False):
         old, new = convolutions[index]
-        _draw_spectrum(axes, old, BLUE, "before")
-        _draw_spectrum(axes, new, VERMILION, "after")
+        _draw_spectrum(axes, old, BLUE, labels[0])
+        _draw_spectrum(axes, new, VERMILION, labels[1])
         name = old.name.removesuffix(".weight")
         axes.set_title(f"{name}, {old.shape[0]} x {old.size // old.shape[0]}", loc="left")
         axes.set_xlabel("index")

@@ -22,6 +22,8 @@ from .loop import EpochMetrics, Trainer, accuracy, evaluation_batches, place
 from .models import build_model
 from .report import draw_report
 
+TINY_IMAGE = 16  # pixels
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -107,6 +109,7 @@ class Run:
         self.config = config
         self.device = choose_device(config)
         self.dataset = load_data(config).to(self.device)
+        choose_threads(config, self.dataset)
         self.model_arguments = model_arguments(config, self.dataset)
         torch.manual_seed(config.seed)
         self.initial = place(build_model(**self.model_arguments), self.device, config)
@@ -219,6 +222,7 @@ def evaluate(path: Path, *, overrides: dict[str, Any]) -> tuple[TrainConfig, flo
     device = choose_device(config)
     model = place(restore_model(checkpoint), device, config)
     dataset = load_data(config).to(device)
+    choose_threads(config, dataset)
     for what, have, want in (
         ("channels", dataset.in_channels, checkpoint["model"]["in_channels"]),
         ("classes", dataset.num_classes, checkpoint["model"]["num_classes"]),
@@ -243,13 +247,11 @@ def load_data(config: TrainConfig) -> Dataset:
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on ("auto": CUDA where there is one), with the number of threads set.
+    """The device to train on ("auto": CUDA where there is one).
 
     Raises:
         UserError: there is no such device.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,6 +265,14 @@ def choose_device(config: TrainConfig) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
     return device
+
+
+def choose_threads(config: TrainConfig, dataset: Dataset) -> None:
+    """Sets the number of CPU threads. On tiny images one is fastest: the others would mostly wait for each other."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif dataset.image_size <= TINY_IMAGE:
+        torch.set_num_threads(1)
 
 
 def device_name(device: torch.device) -> str:
