@@ -18,12 +18,31 @@ struct GramScratch {
   std::vector<int64_t> stop;
 };
 
-/// The lower triangle of G [live, live] from the nonzeros of X [live rows, n], kGramRows rows of G at a time.
-inline void sparse_gram(const std::vector<int32_t>& live, GramScratch& s, double* G) {
+/// The nonzeros of X / scale in its columns first .. last - 1, by rows and by columns, the latter's rows counted among
+/// the live.
+inline void compress(const View& view, const Scan& scan, int64_t first, int64_t last, GramScratch& s) {
+  const double factor = 1 / scan.scale();
+  const int64_t capacity = std::min(scan.nonzeros, view.short_side() * (last - first));
+  if (view.tall()) {
+    s.columns.read(view, first, last, 0, view.columns, factor, capacity);
+    s.rows.transpose(s.columns);
+  } else {
+    s.rows.read(view, 0, view.rows, first, last, factor, capacity);
+    s.columns.transpose(s.rows);
+  }
+  if (static_cast<int64_t>(scan.live.size()) < view.short_side()) {
+    reserve(s.label, view.short_side());
+    for (size_t i = 0; i < scan.live.size(); ++i) s.label[scan.live[i]] = static_cast<int32_t>(i);
+    for (int64_t p = 0; p < s.columns.nonzeros(); ++p) s.columns.index[p] = s.label[s.columns.index[p]];
+  }
+}
+
+/// Adds the products of the compressed columns to the lower triangle of G [live, live], kGramRows rows at a time.
+inline void add_sparse_products(const std::vector<int32_t>& live, GramScratch& s, double* G) {
   const int64_t m = static_cast<int64_t>(live.size()), n = s.columns.rows;
-  double* panel = reserve_lines(s.panel, n * kGramRows);  // stays zero between blocks and matrices
+  double* panel = reserve_lines(s.panel, n * kGramRows);  // stays zero between uses
   double* products = reserve_lines(s.products, m * kGramRows);
-  int32_t* touched = reserve(s.touched, n);
+  int32_t* touched = reserve(s.touched, n + 1);
   s.last_touch.assign(n, -1);
   s.stop.assign(s.columns.start.begin(), s.columns.start.begin() + n);
   for (int64_t first = 0; first < m; first += kGramRows) {
@@ -42,25 +61,25 @@ inline void sparse_gram(const std::vector<int32_t>& live, GramScratch& s, double
     std::fill_n(products, last * kGramRows, 0.0);
     gram_rows(s.columns.as_columns(), s.stop.data(), touched, count, panel, products);
     for (int64_t i = first; i < last; ++i) {
-      for (int64_t j = 0; j <= i; ++j) G[i * m + j] = products[j * kGramRows + i - first];
+      for (int64_t j = 0; j <= i; ++j) G[i * m + j] += products[j * kGramRows + i - first];
     }
   }
 }
 
-/// The nonzeros of X / scale by rows and by columns, the latter's row numbers counted among the live rows.
-inline void compress(const View& view, const Scan& scan, GramScratch& s) {
-  auto& straight = view.tall() ? s.columns : s.rows;
-  auto& transposed = view.tall() ? s.rows : s.columns;
-  straight.read(view, 0, view.rows, 0, view.columns, 1 / scan.scale(), scan.nonzeros);
-  transposed.transpose(straight);
-  if (static_cast<int64_t>(scan.live.size()) < view.short_side()) {
-    reserve(s.label, view.short_side());
-    for (size_t i = 0; i < scan.live.size(); ++i) s.label[scan.live[i]] = static_cast<int32_t>(i);
-    for (int64_t p = 0; p < scan.nonzeros; ++p) s.columns.index[p] = s.label[s.columns.index[p]];
+/// The lower triangle of G from the nonzeros of X, over as many of its columns at a time as stay in the cache.
+inline void sparse_gram(const View& view, const Scan& scan, GramScratch& s, double* G) {
+  constexpr int64_t kNonzeros = 1 << 15;
+  const int64_t n = view.long_side();
+  const int64_t chunks = std::max<int64_t>(1, scan.nonzeros / kNonzeros);
+  const int64_t width = (n + chunks - 1) / chunks;
+  for (int64_t first = 0; first < n; first += width) {
+    compress(view, scan, first, std::min(n, first + width), s);
+    add_sparse_products(scan.live, s, G);
   }
 }
 
-/// The columns first .. last - 1 of X / scale, live rows only, as [live, columns] or, if X is a transpose, [columns, live].
+/// The columns first .. last - 1 of X / scale, live rows only, as [live, columns] or, if X is a transpose, [columns,
+/// live].
 inline void read_live(const View& view, const Scan& scan, int64_t first, int64_t last, double* out) {
   const double factor = 1 / scan.scale();
   const int64_t m = static_cast<int64_t>(scan.live.size());
@@ -87,7 +106,6 @@ inline void dense_gram(const View& view, const Scan& scan, GramScratch& s, doubl
   const int64_t width = std::min(n, std::max<int64_t>(256, kElements / m));
   double* X = reserve(s.dense, m * width);
   double* block = reserve(s.block, kRows * m);
-  std::fill_n(G, m * m, 0.0);
   for (int64_t first = 0; first < n; first += width) {
     const int64_t columns = std::min(width, n - first);
     read_live(view, scan, first, first + columns, X);
@@ -104,21 +122,31 @@ inline void dense_gram(const View& view, const Scan& scan, GramScratch& s, doubl
   }
 }
 
+/// G times `factor`, its lower triangle reflected to the upper one, in tiles that stay in the cache.
+inline void mirror(double* G, int64_t m, double factor) {
+  constexpr int64_t kTile = 32;
+  for (int64_t first = 0; first < m; first += kTile) {
+    for (int64_t second = 0; second <= first; second += kTile) {
+      for (int64_t i = first; i < std::min(m, first + kTile); ++i) {
+        for (int64_t j = second; j < std::min(i + 1, second + kTile); ++j) G[j * m + i] = G[i * m + j] *= factor;
+      }
+    }
+  }
+}
+
 /// G = X X^T / ||X||_F^2 [live, live] into s.gram; returns ||X||_F.
 inline double normalised_gram(const View& view, const Scan& scan, GramScratch& s) {
   const int64_t m = static_cast<int64_t>(scan.live.size());
   double* G = reserve(s.gram, m * m);
+  std::fill_n(G, m * m, 0.0);
   if (scan.nonzeros < kSparseBelow * m * view.long_side()) {
-    compress(view, scan, s);
-    sparse_gram(scan.live, s, G);
+    sparse_gram(view, scan, s, G);
   } else {
     dense_gram(view, scan, s, G);
   }
   double square = 0;
   for (int64_t i = 0; i < m; ++i) square += G[i * m + i];
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j <= i; ++j) G[j * m + i] = G[i * m + j] /= square;
-  }
+  mirror(G, m, 1 / square);
   return scan.scale() * std::sqrt(square);
 }
 

@@ -45,21 +45,24 @@ RPG_FAST_INLINE void apply_tile_body(const Columns<T>& X, int64_t columns, const
   using V = typename Vector<T>::type;
   const V* N = reinterpret_cast<const V*>(panel);
   V* result = reinterpret_cast<V*>(out);
+  const int64_t* start = X.start;  // locals: the compiler cannot know that no store changes X
+  const int32_t* row = X.row;
+  const T* value = X.value;
   for (int64_t j = 0; j < columns; ++j) {
-    int64_t p = X.start[j];
-    const int64_t end = X.start[j + 1];
+    int64_t p = start[j];
+    const int64_t end = start[j + 1];
     V even0 = {}, even1 = {}, odd0 = {}, odd1 = {};
     for (; p + 1 < end; p += 2) {
-      const V* first = N + 2 * X.row[p];
-      const V* second = N + 2 * X.row[p + 1];
-      even0 += X.value[p] * first[0];
-      even1 += X.value[p] * first[1];
-      odd0 += X.value[p + 1] * second[0];
-      odd1 += X.value[p + 1] * second[1];
+      const V* first = N + 2 * row[p];
+      const V* second = N + 2 * row[p + 1];
+      even0 += value[p] * first[0];
+      even1 += value[p] * first[1];
+      odd0 += value[p + 1] * second[0];
+      odd1 += value[p + 1] * second[1];
     }
     if (p < end) {
-      even0 += X.value[p] * N[2 * X.row[p]];
-      even1 += X.value[p] * N[2 * X.row[p] + 1];
+      even0 += value[p] * N[2 * row[p]];
+      even1 += value[p] * N[2 * row[p] + 1];
     }
     result[2 * j] = even0 + odd0;
     result[2 * j + 1] = even1 + odd1;
@@ -81,11 +84,14 @@ RPG_FAST_CLONES void gram_rows(const Columns<double>& X, const int64_t* stop, co
   using V = Vector<double>::type;
   V* x = reinterpret_cast<V*>(panel);
   V* result = reinterpret_cast<V*>(products);
+  const int64_t* start = X.start;  // locals: the compiler cannot know that no store changes X
+  const int32_t* row = X.row;
+  const double* value = X.value;
   for (int64_t t = 0; t < count; ++t) {
     const int32_t j = touched[t];
     const V eight = x[j];
     x[j] = V{};
-    for (int64_t p = X.start[j]; p < stop[j]; ++p) result[X.row[p]] += X.value[p] * eight;
+    for (int64_t p = start[j], end = stop[j]; p < end; ++p) result[row[p]] += value[p] * eight;
   }
 }
 

@@ -23,8 +23,8 @@ struct Columns {
 
 constexpr int64_t kGramRows = 8;
 
-/// products[i][l] += sum_j X[i, j] panel[j][l] over the columns j of `touched` [count] and their entries before stop[j];
-/// clears those rows of `panel` [n][kGramRows]. Both 64-byte aligned.
+/// products[i][l] += sum_j X[i, j] panel[j][l] over the columns j of `touched` [count] and their entries before
+/// stop[j]; clears those rows of `panel` [n][kGramRows]. Both 64-byte aligned.
 void gram_rows(const Columns<double>& X, const int64_t* stop, const int32_t* touched, int64_t count, double* panel,
                double* products);
 
@@ -32,7 +32,8 @@ void gram_rows(const Columns<double>& X, const int64_t* stop, const int32_t* tou
 template <class T>
 constexpr int64_t kTileRows = 128 / sizeof(T);
 
-/// out[j][l] = sum_i X[i, j] panel[i][l] for j < columns; `panel` [m][kTileRows] and `out` [columns][kTileRows] aligned.
+/// out[j][l] = sum_i X[i, j] panel[i][l] for j < columns; `panel` [m][kTileRows] and `out` [columns][kTileRows]
+/// aligned.
 void apply_tile(const Columns<float>& X, int64_t columns, const float* panel, float* out);
 void apply_tile(const Columns<double>& X, int64_t columns, const double* panel, double* out);
 

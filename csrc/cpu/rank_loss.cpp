@@ -1,5 +1,5 @@
-// The exact rank loss on the CPU: rank_project, rank_apply, rank_apply_. Every matrix, and every block of columns of a gradient,
-// is computed by one thread in a fixed order, so that results do not depend on the number of threads.
+// The exact rank loss on the CPU: rank_project, rank_apply, rank_apply_. Every matrix, and every block of columns of a
+// gradient, is computed by one thread in a fixed order, so that results do not depend on the number of threads.
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -13,8 +13,8 @@
 namespace rpg_fast::rank {
 namespace {
 
-/// body(task, scratch) for every task, in order, by whichever thread is free; rethrows the first exception. Inside, BLAS and
-/// LAPACK run on the calling thread alone.
+/// body(task, scratch) for every task, in order, by whichever thread is free; rethrows the first exception. Inside,
+/// BLAS and LAPACK run on the calling thread alone.
 template <class Scratch, class Body>
 void for_each_task(int64_t tasks, int64_t workers, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -42,7 +42,8 @@ ScalarType accumulation_dtype(const std::vector<Tensor>& tensors) {
 void check_weights(const char* op, const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(!weights.empty(), op, ": weights must hold at least one tensor, got an empty list");
   for (size_t b = 0; b < weights.size(); ++b) {
-    STD_TORCH_CHECK(weights[b].is_cpu() && weights[b].dim() >= 2 && is_floating(weights[b].scalar_type()), op, ": weights[", b,
+    STD_TORCH_CHECK(weights[b].is_cpu() && weights[b].dim() >= 2 && is_floating(weights[b].scalar_type()), op,
+                    ": weights[", b,
                     "] must be a floating-point tensor [out, ...] of two or more dimensions on the CPU, got ",
                     describe(weights[b]));
   }
@@ -116,7 +117,8 @@ std::vector<int64_t> by_cost(const std::vector<View>& views) {
 using Projected = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 /// loss, tail_energies, ranks, inv_norms, shares beside the finished projector.
-Projected summarise(const std::vector<Projection>& found, double min_sparsity, const Tensor& like, const Tensor& projector) {
+Projected summarise(const std::vector<Projection>& found, double min_sparsity, const Tensor& like,
+                    const Tensor& projector) {
   using torch::stable::new_empty;
   const int64_t batch = static_cast<int64_t>(found.size());
   const Tensor loss = new_empty(like, {}, projector.scalar_type());
@@ -128,7 +130,9 @@ Projected summarise(const std::vector<Projection>& found, double min_sparsity, c
   auto* k = static_cast<int64_t*>(ranks.mutable_data_ptr());
   auto* inv_norm = static_cast<double*>(inv_norms.mutable_data_ptr());
   auto* share = static_cast<double*>(shares.mutable_data_ptr());
-  const auto active = [&](const Projection& p) { return p.norm != 0 && (min_sparsity <= 0 || p.zeros >= min_sparsity); };
+  const auto active = [&](const Projection& p) {
+    return p.norm != 0 && (min_sparsity <= 0 || p.zeros >= min_sparsity);
+  };
   const double each = 1.0 / std::max<int64_t>(1, std::count_if(found.begin(), found.end(), active));
   double sum = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -278,8 +282,8 @@ void check_constants(const char* op, const Constants& c, size_t batch, int64_t e
   const auto check = [&](const char* name, const Tensor& t, int64_t numel, bool any_float) {
     const bool dtype = t.scalar_type() == ScalarType::Double || (any_float && t.scalar_type() == ScalarType::Float);
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.numel() == numel && t.is_contiguous() && dtype, op, ": ", name,
-                    " must be a contiguous ", any_float ? "float32 or float64" : "float64", " [", numel, "] on cpu, got ",
-                    describe(t));
+                    " must be a contiguous ", any_float ? "float32 or float64" : "float64", " [", numel,
+                    "] on cpu, got ", describe(t));
   };
   check("projector", c.projector, elements, true);
   check("inv_norms", c.inv_norms, batch, false);
@@ -298,8 +302,8 @@ std::vector<Block> blocks_of(const std::vector<View>& views, const double* share
   return blocks;
 }
 
-void apply(const char* op, const std::vector<Tensor>& outputs, const std::vector<Tensor>& weights, const Constants& constants,
-           bool accumulate) {
+void apply(const char* op, const std::vector<Tensor>& outputs, const std::vector<Tensor>& weights,
+           const Constants& constants, bool accumulate) {
   check_weights(op, weights);
   const std::vector<View> views = views_of(weights);
   const std::vector<int64_t> offsets = projector_offsets(views);
@@ -331,25 +335,25 @@ void apply(const char* op, const std::vector<Tensor>& outputs, const std::vector
   }
 }
 
-std::vector<Tensor> rank_apply(std::vector<Tensor> weights, Tensor projector, Tensor inv_norms, Tensor shares, Tensor weight) {
-  const Constants constants{projector, inv_norms, shares, scalar_value(weight, "weight")};
-  check_length("rank_apply", "shares", shares.numel(), weights.size());
+std::vector<Tensor> rank_apply(std::vector<Tensor> weights, Tensor projector, Tensor inv_norms, Tensor shares,
+                               Tensor weight) {
   std::vector<Tensor> gradients;
+  for (const Tensor& w : weights) gradients.push_back(torch::stable::empty_like(w));
+  apply("rank_apply", gradients, weights, {projector, inv_norms, shares, scalar_value(weight, "weight")}, false);
+  const auto* share = static_cast<const double*>(shares.const_data_ptr());
   for (size_t b = 0; b < weights.size(); ++b) {
-    gradients.push_back(torch::stable::empty_like(weights[b]));
-    if (!(static_cast<const double*>(shares.const_data_ptr())[b] > 0)) torch::stable::zero_(gradients[b]);
+    if (!(share[b] > 0)) torch::stable::zero_(gradients[b]);
   }
-  apply("rank_apply", gradients, weights, constants, false);
   return gradients;
 }
 
-void rank_apply_(std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor projector, Tensor inv_norms, Tensor shares,
-                 Tensor weight) {
+void rank_apply_(std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor projector, Tensor inv_norms,
+                 Tensor shares, Tensor weight) {
   check_length("rank_apply_", "grads", grads.size(), weights.size());
   for (size_t b = 0; b < grads.size(); ++b) {
     STD_TORCH_CHECK(grads[b].is_cpu() && is_floating(grads[b].scalar_type()) && same_shape(grads[b], weights[b]),
-                    "rank_apply_: grads[", b, "] must be a floating-point tensor of its weight's shape, got ", describe(grads[b]),
-                    " for ", describe(weights[b]));
+                    "rank_apply_: grads[", b, "] must be a floating-point tensor of its weight's shape, got ",
+                    describe(grads[b]), " for ", describe(weights[b]));
   }
   apply("rank_apply_", grads, weights, {projector, inv_norms, shares, scalar_value(weight, "weight")}, true);
 }

@@ -182,7 +182,9 @@ struct Compressed {
         const auto* row = read_row(view, first_row + r, first, last, buffer);
         for (int64_t c = 0; c < columns; ++c) {  // no branch: the index of a zero is overwritten by the next
           index[count] = static_cast<int32_t>(c);
-          count += row[c] != 0;
+          Bits<typename decltype(tag)::type> bits;
+          std::memcpy(&bits, row + c, sizeof(bits));
+          count += bits << 1 != 0;
         }
         for (int64_t p = start[r]; p < count; ++p) value[p] = static_cast<V>(row[index[p]] * factor);
       }

@@ -51,20 +51,21 @@ Split<T> split(const double* G, int64_t live, int64_t m, double target) {
   return {rank, bottom, count, std::vector<T>(first, first + count * live)};
 }
 
-/// S [count, m], approximate eigenvectors on the smaller side of a split, to be refined against the other side C [others, m].
+/// S [count, m], approximate eigenvectors on the smaller side of a split, to be refined against the other side C
+/// [others, m].
 struct Refinement {
   const double* G;
   int64_t m, count, others;
-  bool bottom;              // S holds the lower eigenvalues
+  bool bottom;  // S holds the lower eigenvalues
   std::vector<float> S;
   const float* C;
   const float* C_energies;  // ascending
   int64_t neighbour;        // the one in C that is nearest to S
 
-  std::vector<double> energies{};   // Rayleigh quotients of S
+  std::vector<double> energies{};  // Rayleigh quotients of S
   double neighbour_energy = 0;
-  std::vector<float> residuals{};   // G v - rho v [count, m]
-  double largest_residual = 0;      // its norm
+  std::vector<float> residuals{};  // G v - rho v [count, m]
+  double largest_residual = 0;     // its norm
 
   double inner() const { return bottom ? energies.back() : energies.front(); }
   double gap() const { return std::abs(neighbour_energy - inner()); }
@@ -104,7 +105,8 @@ inline void measure(Refinement& r) {
   }
 }
 
-/// What a rotation tells: what is left of the angle between S and the invariant subspace, and by how much the energies were off.
+/// What a rotation tells: what is left of the angle between S and the invariant subspace, and by how much the energies
+/// were off.
 struct Rotation {
   double left, shift;
 };
@@ -141,8 +143,9 @@ inline bool is_nearest(const Refinement& r, double error, double target) {
   return distance < std::abs(e + above - target) && distance < std::abs(e - below - target);
 }
 
-/// By an eigendecomposition in float32 and a few steps of refinement in float64, at about half the cost. Nothing where that is
-/// not certain to be enough: a gap too small at k, a target too near to the middle between two ranks, a failed decomposition.
+/// By an eigendecomposition in float32 and a few steps of refinement in float64, at about half the cost. Nothing where
+/// that is not certain to be enough: a gap too small at k, a target too near to the middle between two ranks, a failed
+/// decomposition.
 inline std::optional<Split<float>> split_refined(const double* G, int64_t live, int64_t m, double target) {
   constexpr double kTolerance = 5e-6;  // of the projector, Frobenius norm
   constexpr int kSteps = 3;
@@ -158,7 +161,14 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   const bool bottom = live - k < k;
   const int64_t cut = live - k, count = std::min(k, cut), others = live - count;
   const float* upper = eigen.vectors() + cut * live;
-  Refinement r{G, live, count, others, bottom, {}, bottom ? upper : eigen.vectors(), eigen.values() + (bottom ? cut : 0),
+  Refinement r{G,
+               live,
+               count,
+               others,
+               bottom,
+               {},
+               bottom ? upper : eigen.vectors(),
+               eigen.values() + (bottom ? cut : 0),
                bottom ? 0 : others - 1};
   r.S.assign(bottom ? eigen.vectors() : upper, (bottom ? eigen.vectors() : upper) + count * live);
   for (int step = 0; step < kSteps; ++step) {
@@ -173,13 +183,15 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   return {};
 }
 
-/// N = -2 ((1 - e) I - P) [m, m] of a split of the live rows. Of a k above their number, what remains falls on the first zero rows.
+/// N = -2 ((1 - e) I - P) [m, m] of a split of the live rows. Of a k above their number, what remains falls on the
+/// first zero rows.
 template <class T>
 void write_projector(const Split<T>& split, const std::vector<int32_t>& live, int64_t m, T* N) {
   const int64_t r = static_cast<int64_t>(live.size()), count = split.count;
   std::vector<T> P(r * r);
   if (count > 0) {
-    multiply(borrow_transposed(split.basis.data(), count, r), borrow(split.basis.data(), count, r), borrow(P.data(), r, r));
+    multiply(borrow_transposed(split.basis.data(), count, r), borrow(split.basis.data(), count, r),
+             borrow(P.data(), r, r));
   }
   const T sign = split.bottom ? -2 : 2;
   std::fill_n(N, m * m, T{0});
