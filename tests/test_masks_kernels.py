@@ -117,6 +117,25 @@ def test_popcount_ignores_what_lies_behind_the_segment() -> None:
     assert ops.unpack(ones, [1], [3])[0].tolist() == [True] * 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_popcount_on_cuda() -> None:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("rpg_fast::popcount", "CUDA"):
+        pytest.skip("the extension was built without CUDA")
+    numels = [*range(300), 1_000_003]  # more segments than one launch takes, at odd bytes
+    offsets = [i * 41 + 1 for i in range(len(numels))]
+    bits = torch.randint(256, (offsets[-1] + 125_001,), dtype=torch.uint8)
+    on_device, want = bits.cuda(), reference.popcount(bits, offsets, numels)
+    assert_same(ops.popcount(on_device, offsets, numels).cpu(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts = ops.popcount(on_device, offsets, numels)
+    on_device.zero_()
+    graph.replay()
+    assert not counts.any()
+    assert ops.popcount(on_device, [], []).shape == (0,)
+
+
 @many_examples
 @given(
     segments(may_lack=True),
@@ -194,7 +213,7 @@ def test_select_topk_over_many_chunks(dtype: torch.dtype, per_tensor: bool, valu
     scores = [make[values](n).to(dtype) for n in sizes]
     offsets, nbytes = [0, 18_816, 23_040], 23_168
     bits = random_bits([(n,) for n in sizes], offsets, nbytes, 0.7)
-    for fraction in (0.001, 0.5, 0.97):
+    for fraction in (0.001, 0.6):
         for eligible in (None, bits):
             totals = sizes if per_tensor else [sum(sizes)]
             counts = torch.tensor([round(fraction * n) for n in totals])

@@ -10,12 +10,13 @@
 
 #include "../common.h"
 
-// Inner loops are compiled for several instruction sets and picked at load time.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define RPG_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+// Inner loops are compiled for several instruction sets and picked at load time, by glibc.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define RPG_FAST_CLONES_FOR(...) __attribute__((target_clones(__VA_ARGS__)))
 #else
-#define RPG_FAST_CLONES
+#define RPG_FAST_CLONES_FOR(...)
 #endif
+#define RPG_FAST_CLONES RPG_FAST_CLONES_FOR("avx512f", "avx2", "default")
 
 namespace rpg_fast {
 

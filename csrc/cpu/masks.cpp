@@ -31,10 +31,7 @@ void pack_bits(const uint8_t* keep, int64_t n, uint8_t* bits) {
 
 namespace {
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-__attribute__((target_clones("popcnt", "default")))
-#endif
-int64_t count_ones_serial(const uint8_t* bits, int64_t numel) {
+RPG_FAST_CLONES_FOR("popcnt", "default") int64_t count_ones_serial(const uint8_t* bits, int64_t numel) {
   int64_t scratch[1];
   return count_ones(SerialBlock{}, bits, numel, scratch);
 }

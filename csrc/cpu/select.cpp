@@ -64,7 +64,14 @@ int64_t compact(const uint8_t* bits, int64_t n, Key* keys) {
     uint64_t word = 0;
     std::memcpy(&word, bits + first / 8, (length + 7) / 8);
     if (length < 64) word &= (uint64_t{1} << length) - 1;
-    for (; word != 0; word &= word - 1) keys[kept++] = keys[first + __builtin_ctzll(word)];
+    if (__builtin_popcountll(word) < 16) {
+      for (; word != 0; word &= word - 1) keys[kept++] = keys[first + __builtin_ctzll(word)];
+    } else {
+      for (int64_t i = 0; i < length; ++i) {
+        keys[kept] = keys[first + i];
+        kept += word >> i & 1;
+      }
+    }
   }
   return kept;
 }
