@@ -3,8 +3,8 @@
     python benchmarks/report.py benchmarks/results/cpu.json [--readme README.md] [--images docs/images]
 
 For each file, the table goes to standard output or, with --readme, between ``<!-- bench:cpu -->`` and
-``<!-- /bench -->`` there; the picture goes to <images>/bench_cpu.png. The word is the name of the file, or of its folder
-where the file is called bench.json.
+``<!-- /bench -->`` there; the picture goes to <images>/bench_cpu.png. The word is the name of the file, or of its
+folder where the file is called bench.json.
 """
 
 from __future__ import annotations

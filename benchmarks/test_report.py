@@ -37,6 +37,8 @@ def results(tmp_path: Path) -> Path:
         "torch": "2.13.0",
         "python": "3.11.7",
         "torch_cuda": None,
+        "cpu_cores": 2,
+        "load_before": 0.1,
     }
     content = {"machine_info": machine, "commit_info": {"id": "0123456789abcdef"}, "benchmarks": benchmarks}
     path = tmp_path / "cpu.json"
