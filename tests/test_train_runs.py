@@ -26,6 +26,12 @@ TINY = ("--data=digits", "--width=4", "--epochs=2", "--batch-size=128", "--updat
 
 
 @pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs; only `finished`, which is set up before this, draws."""
+    monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
+
+
+@pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"rpg-fast {arguments.name}: interrupted", file=sys.stderr)
+        print(
+            f"rpg-fast {arguments.name}: interrupted; `rpg-fast train --resume DIR` goes on with a run", file=sys.stderr
+        )
         return 130
 
 

@@ -127,6 +127,7 @@ class Run:
             UserError: a checkpoint in the folder is no good, or the training diverged.
         """
         config, begin = self.config, self.initial
+        print(self.describe(folder), flush=True)
         if config.dense_baseline:
             self._fit(self.dense, folder, "dense.pt")
             if config.starts_dense:
@@ -141,6 +142,15 @@ class Run:
         rows = {name: tuple(found) for name, found in self.rows.items()}
         draw_report(folder.path / "report.png", config, rows["dense"], rows["sparse"], before, after)
         return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned)
+
+    def describe(self, folder: RunFolder) -> str:
+        """What is trained on what, where, into which folder: one line."""
+        size = sum(parameter.numel() for parameter in self.initial.parameters())
+        images = f"{len(self.dataset.train):,} training and {len(self.dataset.test):,} test images"
+        return (
+            f"{self.config.arch} ({size:,} parameters) on {self.dataset.name} ({images}), "
+            f"{device_name(self.device)}, into {folder.path}"
+        )
 
     def _fit(self, trainer: Trainer, folder: RunFolder, file: str) -> None:
         path, rows = folder.path / file, self.rows[trainer.name]
@@ -278,4 +288,5 @@ def choose_threads(config: TrainConfig, dataset: Dataset) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
