@@ -157,7 +157,8 @@ def sgd_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]
         (params, grads, buffers), bits, offsets = optimizer_tensors(device, dtype, 1)
         yield [
             params, grads, buffers if momentum else [], bits if masked else None,
-            offsets if masked else [-1] * len(params), double(0.1, device), momentum, dampening, decay, nesterov, maximize, first, scale, inf,
+            offsets if masked else [-1] * len(params), double(0.1, device), momentum, dampening, decay, nesterov,
+            maximize, first, scale, inf,
         ]  # fmt: skip
 
 

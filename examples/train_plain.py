@@ -1,0 +1,47 @@
+"""Handwritten digits with the adversarial rank loss of RPG: plain PyTorch, one SVD a layer."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+def rank_loss(model: nn.Module, tail_energy: float) -> Tensor:
+    losses = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            Wn = module.weight.flatten(1) / module.weight.norm()  # [out, in * kh * kw]
+            U, S, Vh = torch.linalg.svd(Wn.detach(), full_matrices=False)
+            tails = S.square().flip(0).cumsum(0)
+            k = len(S) - 1 - int((tails - tail_energy).abs().argmin())  # the rank that leaves this tail energy
+            losses.append(-(Wn - U[:, :k] @ S[:k].diag() @ Vh[:k]).square().sum())
+    return torch.stack(losses).mean()
+
+
+def train(epochs: int) -> nn.Module:
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # [1797, 1, 8, 8]
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(256, 10)),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    for epoch in range(epochs):
+        for batch in torch.randperm(1500).split(60):
+            loss = cross_entropy(model(images[batch]), labels[batch]) + 0.1 * rank_loss(model, tail_energy=0.2)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        accuracy = (model(images[1500:]).argmax(1) == labels[1500:]).float().mean()
+        model.train()
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {accuracy:.3f}")
+    return model
+
+
+if __name__ == "__main__":
+    train(epochs=20)
