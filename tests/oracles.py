@@ -15,38 +15,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spectrum:
-    """U diag(S) Vh of a normalised matrix, the k that the official rule chooses, and the distance of every k's tail
-    energy from the target."""
+    """U diag(S) Vh of a normalised matrix."""
 
     U: Tensor
     S: Tensor
     Vh: Tensor
-    k: int
-    distances: list[float]
 
-    def allows(self, k: int, margin: float) -> bool:
+    def distances(self, tail_energy: float) -> list[float]:
+        """How far the tail energy that each k leaves is from the target."""
+        tail, result = 0.0, []
+        for s in reversed(self.S.tolist()):
+            tail += s**2
+            result.append(abs(tail - tail_energy))
+        return result[::-1]
+
+    def k(self, tail_energy: float) -> int:
+        """The official choice: as the tail grows from the smallest singular value on, the first minimum."""
+        distances = self.distances(tail_energy)
+        return max(k for k, d in enumerate(distances) if d == min(distances))
+
+    def allows(self, k: int, tail_energy: float, margin: float) -> bool:
         """Whether k is the rule's choice, or as good within `margin`."""
-        return k == self.k or (0 <= k < len(self.S) and self.distances[k] - self.distances[self.k] < margin)
+        distances = self.distances(tail_energy)
+        return 0 <= k < len(distances) and distances[k] - min(distances) < margin
 
 
-def official_spectrum(Wn: Tensor, tail_energy: float) -> Spectrum:
-    U, S, Vh = torch.linalg.svd(Wn.detach(), full_matrices=False)
-    distances = [0.0] * len(S)
-    tail, best = 0.0, len(S) - 1
-    for k in reversed(range(len(S))):  # the tail grows from the smallest singular value on; the first minimum wins
-        tail += float(S[k]) ** 2
-        distances[k] = abs(tail - tail_energy)
-        if distances[k] < distances[best]:
-            best = k
-    return Spectrum(U, S, Vh, best, distances)
+def official_spectrum(Wn: Tensor) -> Spectrum:
+    return Spectrum(*torch.linalg.svd(Wn.detach(), full_matrices=False))
 
 
 def official_term(W: Tensor, tail_energy: float, k: int | None, spectrum: Spectrum | None) -> tuple[Tensor, Spectrum]:
     """-||Wn - Wn_k||_F^2 of one weight, differentiable through the norm and not through the singular vectors."""
     M = W.reshape(W.shape[0], -1)
     Wn = M / M.norm()
-    spectrum = official_spectrum(Wn, tail_energy) if spectrum is None else spectrum
-    k = spectrum.k if k is None else k
+    spectrum = official_spectrum(Wn) if spectrum is None else spectrum
+    k = spectrum.k(tail_energy) if k is None else k
     Wn_k = (spectrum.U[:, :k] * spectrum.S[:k]) @ spectrum.Vh[:k]
     return -(Wn - Wn_k).square().sum(), spectrum
 

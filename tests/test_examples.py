@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import relative_error
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 pytest.importorskip("sklearn", reason="scikit-learn, of the extra [train], has the digits")
 
@@ -42,7 +43,7 @@ def gradients_of(name: str, steps: int = STEPS) -> list[list[Tensor]]:
         if len(seen) == steps:
             raise EnoughError
 
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(look)
+    handle = register_optimizer_step_pre_hook(look)
     try:
         with pytest.raises(EnoughError):
             load(name).train(epochs=1)
