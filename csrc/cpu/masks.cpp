@@ -8,6 +8,13 @@
 
 namespace rpg_fast {
 
+Tensor zero_bits(const char* op, int64_t nbytes) {
+  STD_TORCH_CHECK(nbytes >= 0, op, ": nbytes must not be negative, got ", nbytes);
+  Tensor bits = torch::stable::empty({nbytes}, ScalarType::Byte);
+  std::fill_n(static_cast<uint8_t*>(bits.mutable_data_ptr()), nbytes, uint8_t{0});
+  return bits;
+}
+
 void expand_bits(const uint8_t* bits, int64_t n, uint8_t* keep) {
   for (int64_t i = 0; i < n / 8; ++i) {
     const uint64_t places = bits[i] * 0x0101010101010101u & 0x8040201008040201u;  // byte j holds bit j in its place
@@ -101,14 +108,7 @@ void zero_chunk(const Elements& tensor, const uint8_t* bits, Chunk chunk) {
   });
 }
 
-Tensor zeroed_bits(int64_t nbytes) {
-  Tensor bits = torch::stable::empty({nbytes}, ScalarType::Byte);
-  std::memset(bits.mutable_data_ptr(), 0, nbytes);
-  return bits;
-}
-
 Tensor pack(std::vector<Tensor> masks, std::vector<int64_t> offsets, int64_t nbytes) {
-  STD_TORCH_CHECK(nbytes >= 0, "pack: nbytes must not be negative, got ", nbytes);
   check_length("pack", "offsets", offsets.size(), masks.size());
   std::vector<Elements> sources;
   std::vector<int64_t> numels;
@@ -119,7 +119,7 @@ Tensor pack(std::vector<Tensor> masks, std::vector<int64_t> offsets, int64_t nby
     numels.push_back(masks[i].numel());
     check_segment("pack", i, offsets[i], numels[i], nbytes);
   }
-  Tensor bits = zeroed_bits(nbytes);
+  Tensor bits = zero_bits("pack", nbytes);
   auto* out = static_cast<uint8_t*>(bits.mutable_data_ptr());
   const std::vector<Chunk> chunks = chunks_of(numels);
   parallel_items(chunks.size(), [&](int64_t item) {

@@ -263,7 +263,6 @@ void select_per_tensor(const std::vector<Candidates>& tensors, const Count* coun
 
 Tensor select_topk(std::vector<Tensor> scores, Tensor counts, std::vector<int64_t> offsets, int64_t nbytes,
                    std::optional<Tensor> eligible, bool absolute, bool per_tensor) {
-  STD_TORCH_CHECK(nbytes >= 0, "select_topk: nbytes must not be negative, got ", nbytes);
   check_length("select_topk", "offsets", offsets.size(), scores.size());
   const int64_t wanted = per_tensor ? static_cast<int64_t>(scores.size()) : 1;
   STD_TORCH_CHECK(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() &&
@@ -272,9 +271,8 @@ Tensor select_topk(std::vector<Tensor> scores, Tensor counts, std::vector<int64_
   STD_TORCH_CHECK(!eligible || (check_bits("select_topk", "eligible", *eligible) >= nbytes && eligible->is_cpu()),
                   "select_topk: eligible must be uint8 of at least ", nbytes, " bytes on the CPU, got ",
                   describe(*eligible));
-  Tensor bits = torch::stable::empty({nbytes}, ScalarType::Byte);
+  Tensor bits = zero_bits("select_topk", nbytes);
   auto* chosen = static_cast<uint8_t*>(bits.mutable_data_ptr());
-  std::memset(chosen, 0, nbytes);
   const auto* open = eligible ? static_cast<const uint8_t*>(eligible->const_data_ptr()) : nullptr;
   std::vector<Candidates> tensors;
   for (size_t i = 0; i < scores.size(); ++i) {
