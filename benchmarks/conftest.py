@@ -79,6 +79,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         "kind": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "load_before": config.stash[LOAD],
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "rpg_fast": rpg_fast.__version__,
         "ops": {op: row["cuda" if cuda else "cpu"] for op, row in _info.backend_table().items()},
     }
