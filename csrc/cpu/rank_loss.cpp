@@ -1,5 +1,5 @@
 // The exact rank loss on the CPU: rank_project, rank_apply, rank_apply_. Every matrix, and every block of columns of a
-// gradient, is computed by one thread in a fixed order, so that results do not depend on the number of threads.
+// gradient, is computed by one thread in a fixed order, however many threads share the work.
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -22,6 +22,7 @@ void for_each_task(int64_t tasks, int64_t workers, const Body& body) {
   std::mutex guard;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     try {
+      const OneBlasThread one;
       Scratch scratch;
       for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, scratch);
     } catch (...) {

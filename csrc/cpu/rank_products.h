@@ -12,6 +12,29 @@ namespace rpg_fast::rank {
 template <class T>
 constexpr ScalarType scalar_type_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
+/// One thread for MKL, where torch has it, as long as this lives: LAPACK chooses its blocks, and so its rounding, by
+/// the number of threads that it could have, even where it may only use one.
+class OneBlasThread {
+ public:
+  OneBlasThread() : before_(set() == nullptr ? 0 : set()(1)) {}
+  ~OneBlasThread() {
+    if (set() != nullptr) set()(before_);
+  }
+  OneBlasThread(const OneBlasThread&) = delete;
+  OneBlasThread& operator=(const OneBlasThread&) = delete;
+
+ private:
+  using Setter = int (*)(int);
+  static Setter set() {
+    static const Setter setter = [] {
+      void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+      return reinterpret_cast<Setter>(library == nullptr ? nullptr : dlsym(library, "MKL_Set_Num_Threads_Local"));
+    }();
+    return setter;
+  }
+  int before_;
+};
+
 /// A tensor [rows, columns] over memory that outlives it.
 template <class T>
 Tensor borrow(const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
