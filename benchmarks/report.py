@@ -2,9 +2,9 @@
 
     python benchmarks/report.py benchmarks/results/cpu.json [--readme README.md] [--images docs/images]
 
-For each file, the table goes to standard output or, with --readme, between ``<!-- bench:cpu -->`` and
-``<!-- /bench -->`` there; the picture goes to <images>/bench_cpu.png. The word is the name of the file, or of its
-folder where the file is called bench.json.
+For each file: the table of all contestants beside it (cpu.md); a summary, a line a job, on standard output or, with
+--readme, between ``<!-- bench:cpu -->`` and ``<!-- /bench -->`` there; a picture, <images>/bench_cpu.png. The word is
+the name of the file, or of its folder where the file is called bench.json.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+COLOURS = {"ours": "#c2410c", "peer": "#475569", "bound": "#94a3b8"}
+ORDER = ("rank loss", "masked step", "topology", "svd_lowrank")  # how the titles of the jobs begin, in reading order
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
         )
     if not groups:
         raise ValueError(f"{path} holds no benchmarks")
+    known = [[title for title in groups if title.startswith(job)] for job in ORDER]
+    first = [title for titles in known for title in titles]
+    groups = {title: groups[title] for title in [*first, *(t for t in groups if t not in first)]}
     commit = content.get("environment", content["machine_info"]).get("commit") or content["commit_info"]["id"]
     return content["machine_info"] | {"commit": commit}, groups
 
@@ -73,19 +80,33 @@ def seconds(value: float) -> str:
     return f"{number:.0f} {unit}" if number >= 99.5 else f"{number:.3g} {unit}"
 
 
+def summary(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
+    """Markdown, a line a job: the usual way (the first peer), the fastest peer, the fastest of ours."""
+    lines = ["| | usual way | best plain torch | rpg_fast | faster by |", "|---|---|---|---|---|"]
+    for title, rows in groups.items():
+        peers = [row for row in rows if row.role == "peer"]
+        usual, best = peers[0], min(peers, key=lambda row: row.median)
+        ours = min((row for row in rows if row.role == "ours"), key=lambda row: row.median)
+        cells = [f"{row.name}: {seconds(row.median)}" for row in (usual, best)]
+        ratios = f"**{ours.faster[usual.name]:.2g}x**, {ours.faster[best.name]:.2g}x"
+        lines.append(f"| {title} | {' | '.join(cells)} | `{ours.name}`: **{seconds(ours.median)}** | {ratios} |")
+    return "\n".join([*lines, "", footer(machine, groups)])
+
+
 def table(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
-    """Markdown: one line a contestant, with the median, the range, and how many times faster ours is."""
+    """Markdown, a line a contestant: the median, the range, and how many times faster ours are, in their order."""
     lines = ["| | median | min to max | rpg_fast is faster by |", "|---|---|---|---|"]
     for title, rows in groups.items():
         ours = [row for row in rows if row.role == "ours"]
         lines.append(f"| **{title}** | | | |")
         for row in rows:
-            name = f"`{row.name}`" if row.role == "ours" else row.name
             detail = f" ({row.setting})" if row.setting else ""
             spread = "ran once" if row.once else f"{seconds(row.least)} to {seconds(row.most)}"
-            median = f"**{seconds(row.median)}**" if row.role == "ours" else seconds(row.median)
-            ratio = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours) if row.role != "ours" else ""
-            lines.append(f"| {name}{detail} | {median} | {spread} | {ratio} |".replace("|  |", "| |"))
+            if row.role == "ours":
+                lines.append(f"| `{row.name}`{detail} | **{seconds(row.median)}** | {spread} | |")
+            else:
+                ratios = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours)
+                lines.append(f"| {row.name}{detail} | {seconds(row.median)} | {spread} | {ratios} |")
     return "\n".join([*lines, "", footer(machine, groups)])
 
 
@@ -102,47 +123,57 @@ def footer(machine: dict[str, Any], groups: dict[str, list[Row]]) -> str:
 
 
 def plot(machine: dict[str, Any], groups: dict[str, list[Row]], path: Path) -> None:
-    """Median times on a logarithmic axis, a panel a race, with their ranges and, beside each peer, how much faster ours
-    is."""
+    """Times over the fastest of ours on one logarithmic axis, a panel a race: medians, ranges, and the time itself."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    heights = [len(rows) + 0.9 for rows in groups.values()]
-    size = (9, 0.36 * sum(heights) + 0.8)
+    heights = [len(rows) + 0.8 for rows in groups.values()]
+    size = (9, 0.29 * sum(heights) + 1.1)
     figure, axes = pyplot.subplots(
-        len(groups), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+        len(groups), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False, layout="constrained"
     )
-    colours = {"ours": "#c2410c", "peer": "#475569", "bound": "#94a3b8"}
     for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
-        best = min((row for row in rows if row.role == "ours"), key=lambda row: row.median)
-        for y, row in enumerate(rows):
-            colour = colours[row.role]
-            axis.plot([row.least, row.most], [y, y], color=colour, alpha=0.35, linewidth=5, solid_capstyle="round")
-            axis.plot(row.median, y, "o", color=colour, markersize=7)
-            label = seconds(row.median)
-            if row.role != "ours":
-                label += f"   {best.faster[row.name]:.2g}x"
-            axis.annotate(label, (row.most, y), (9, 0), textcoords="offset points", va="center", fontsize=8.5)
-        axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8.5)
-        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-            tick.set_color(colours[row.role])
-            tick.set_fontweight("bold" if row.role == "ours" else "normal")
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xscale("log")
-        axis.set_xlim(min(row.least for row in rows) / 1.3, max(row.most for row in rows) * 3.2)
-        axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
-        axis.grid(axis="x", which="major", alpha=0.25)
-        axis.xaxis.set_major_formatter(lambda value, _: seconds(value))
-        axis.xaxis.set_minor_formatter("")
-        axis.tick_params(axis="x", labelsize=8)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    figure.supxlabel(footer(machine, groups), fontsize=7.5, color="#475569")
+        _panel(axis, title, rows)
+    slowest = max(
+        row.most / min(mine.median for mine in rows if mine.role == "ours") for rows in groups.values() for row in rows
+    )
+    axis.set_xscale("log")
+    axis.set_xlim(right=3 * slowest)
+    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick < slowest * 1.5]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=8)
+    axis.set_xticks([], minor=True)
+    axis.spines["bottom"].set_visible(True)
+    axis.tick_params(axis="x", length=3)
+    axis.set_xlabel("time, as a multiple of rpg_fast's", fontsize=8.5)
+    figure.suptitle(textwrap.fill(footer(machine, groups), 125), fontsize=7.5, color=COLOURS["peer"])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _panel(axis: Any, title: str, rows: list[Row]) -> None:
+    unit = min(row.median for row in rows if row.role == "ours")
+    axis.axvline(1, color=COLOURS["ours"], alpha=0.25, linewidth=1)
+    for y, row in enumerate(rows):
+        colour = COLOURS[row.role]
+        spread = [row.least / unit, row.most / unit]
+        axis.plot(spread, [y, y], color=colour, alpha=0.35, linewidth=5, solid_capstyle="round")
+        axis.plot(row.median / unit, y, "o", color=colour, markersize=6.5)
+        label = seconds(row.median)
+        if row.role != "ours":
+            label += f"   {row.median / unit:.2g}x"
+        axis.annotate(label, (spread[1], y), (9, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+        tick.set_color(COLOURS[row.role])
+        tick.set_fontweight("bold" if row.role == "ours" else "normal")
+    axis.set_ylim(len(rows) - 0.5, -0.6)
+    axis.set_title(title, fontsize=9.5, loc="left", fontweight="bold", pad=3)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0)
 
 
 def insert(readme: str, word: str, text: str) -> str:
@@ -167,12 +198,13 @@ def main(arguments: list[str] | None = None) -> int:
     for path in options.json:
         try:
             machine, groups = read(path)
-            text = table(machine, groups)
             word = path.parent.name if path.stem == "bench" else path.stem
+            text = summary(machine, groups)
             if options.readme:
                 options.readme.write_text(insert(options.readme.read_text(), word, text))
             else:
                 print(text)
+            path.with_suffix(".md").write_text(table(machine, groups) + "\n")
         except (OSError, ValueError) as error:
             print(f"report.py: {error}", file=sys.stderr)
             return 1

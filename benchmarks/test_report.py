@@ -55,11 +55,13 @@ def test_table_between_the_markers(results: Path, tmp_path: Path) -> None:
         assert text.startswith("before\n<!-- bench:cpu -->\n| |")
         assert text.endswith("\n<!-- /bench -->\nafter <!-- /bench -->\n")
         assert "old" not in text
-        assert "| a loop | 2 s | ran once | 40x |" in text
-        assert "| `rpg_fast.thing` (C++) | **50 ms** | 45 ms to 60 ms | |" in text
-        assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in text
+        assert "| a job | a loop: 2 s | a loop: 2 s | `rpg_fast.thing`: **50 ms** | **40x**, 40x |" in text
         assert "a CPU, 2 threads, torch 2.13.0, Python 3.11.7, commit 0123456789." in text
     assert (tmp_path / "images" / "bench_cpu.png").stat().st_size > 5000
+    complete = results.with_suffix(".md").read_text()
+    assert "| a loop | 2 s | ran once | 40x |" in complete
+    assert "| `rpg_fast.thing` (C++) | **50 ms** | 45 ms to 60 ms | |" in complete
+    assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in complete
 
 
 def test_missing_markers_and_foreign_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
