@@ -36,6 +36,26 @@ def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) 
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _count_versions(name)
+
+
+def _count_versions(name: str) -> None:
+    """Makes an op that writes to its arguments count their versions up, as every op of torch does: a backward that
+    needs the values from before then raises instead of being wrong."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    written = [
+        i for i, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
+    ]
+    if not written:
+        return
+
+    def count_and_go_on(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, count_and_go_on, "ADInplaceOrView", with_keyset=True)
 
 
 def _no_output(*_args: Any, **_kwargs: Any) -> None:

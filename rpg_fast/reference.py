@@ -303,11 +303,11 @@ def masked_sgd_(
         g = _masked(g, bits, offsets[i])
         if momentum != 0:
             buffer = momentum_buffers[i]
-            updated = g if first_step else momentum * buffer + (1 - dampening) * g
+            updated = g if first_step else momentum * buffer.to(g.dtype) + (1 - dampening) * g
             updated = _masked(updated, bits, offsets[i])
             _commit([buffer], [updated], found_inf)
             g = g + momentum * updated if nesterov else updated
-        _commit([param], [_masked(p - lr * g, bits, offsets[i])], found_inf)
+        _commit([param], [_masked(p - lr.to(g.dtype) * g, bits, offsets[i])], found_inf)
 
 
 def masked_adamw_(
@@ -335,13 +335,14 @@ def masked_adamw_(
     for i, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         g = _masked(_unscaled(grad, param, grad_scale, maximize), bits, offsets[i])
         p = param.to(g.dtype)
-        p = p - lr * weight_decay * p
+        p = p - (lr * weight_decay).to(p.dtype) * p
         t = step + 1
-        m = _masked(exp_avgs[i] + (1 - beta1) * (g - exp_avgs[i]), bits, offsets[i])
-        v = _masked(beta2 * exp_avg_sqs[i] + (1 - beta2) * g * g, bits, offsets[i])
+        m, v = exp_avgs[i].to(g.dtype), exp_avg_sqs[i].to(g.dtype)
+        m = _masked(m + (1 - beta1) * (g - m), bits, offsets[i])
+        v = _masked(beta2 * v + (1 - beta2) * g * g, bits, offsets[i])
         targets, values = [step, exp_avgs[i], exp_avg_sqs[i]], [t, m, v]
         if amsgrad:
-            v = torch.maximum(_masked(max_exp_avg_sqs[i], bits, offsets[i]), v)
+            v = torch.maximum(_masked(max_exp_avg_sqs[i].to(g.dtype), bits, offsets[i]), v)
             targets, values = [*targets, max_exp_avg_sqs[i]], [*values, v]
         correction1 = 1 - beta1 ** t.double()
         correction2 = 1 - beta2 ** t.double()

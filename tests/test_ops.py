@@ -291,3 +291,13 @@ def test_ops_compile_into_one_graph(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert_agree(run(compiled, arguments), run(step, arguments), exact=False)
+
+
+def test_writing_ops_count_versions(device: torch.device) -> None:
+    weight = torch.ones(8, device=device, requires_grad=True)
+    masks = rpg_fast.PackedMasks({"weight": weight})
+    loss = weight.square().sum()  # backward needs the weight as it is now
+    with torch.no_grad():
+        torch.ops.rpg_fast.mask_([weight], masks.bits, masks.layout.offsets, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
