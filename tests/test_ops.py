@@ -13,7 +13,7 @@ from cases import DTYPES, LAYOUTS, make_weight, seeded
 from torch import Tensor
 
 from rpg_fast import _ops, filtered, reference
-from rpg_fast.masks import MaskLayout
+from rpg_fast.masks import MaskLayout, PackedMasks
 
 Arguments = list[Any]
 Sample = Callable[[torch.device, torch.dtype], Iterator[Arguments]]
@@ -295,7 +295,7 @@ def test_ops_compile_into_one_graph(device: torch.device) -> None:
 
 def test_writing_ops_count_versions(device: torch.device) -> None:
     weight = torch.ones(8, device=device, requires_grad=True)
-    masks = rpg_fast.PackedMasks({"weight": weight})
+    masks = PackedMasks({"weight": weight})
     loss = weight.square().sum()  # backward needs the weight as it is now
     with torch.no_grad():
         torch.ops.rpg_fast.mask_([weight], masks.bits, masks.layout.offsets, None)
