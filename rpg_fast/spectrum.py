@@ -80,29 +80,35 @@ def _check_matrix(name: str, A: Tensor, q: int, niter: int) -> None:
 
 
 def _svd_lowrank(A: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    if A.shape[-2] > A.shape[-1]:  # sketch along the long side
+    if A.shape[-2] > A.shape[-1]:
         V, S, U = _svd_lowrank(A.mT, q, niter, generator)
         return U, S, V
-    dtype, device = A.dtype, A.device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         X = A.to(reference.accumulation_dtype([A]))  # [..., m, n], m <= n
-        peak = X.abs().amax((-2, -1), keepdim=True) if X.numel() else X.new_zeros(*X.shape[:-2], 1, 1)
-        finite = peak.isfinite()
-        scale = torch.where(finite & (peak > 0), peak, 1.0)
-        X = torch.where(finite, X / scale, 0.0)
-        m, n = X.shape[-2:]
+        m = X.shape[-2]
         width = min(q + OVERSAMPLING, m)
-        sketch = torch.randn(*X.shape[:-2], n, width, dtype=X.dtype, device=device, generator=generator)
-        Q = torch.linalg.qr(X @ sketch).Q  # [..., m, width]
+        sketch = torch.randn(*X.shape[:-1], width, dtype=X.dtype, device=X.device, generator=generator)
+        Z, _, _ = _scaled_qr(X.mT @ sketch)  # [..., n, width]
         for _ in range(niter):
-            Z = torch.linalg.qr(X.mT @ Q).Q  # [..., n, width]
-            Q = torch.linalg.qr(X @ Z).Q
-        small = torch.linalg.svd(Q.mT @ X, full_matrices=False)  # of [..., width, n]
-        U = (Q @ small.U)[..., :q]
+            Q, _, _ = _scaled_qr(X @ Z)  # [..., m, width]
+            Z, _, _ = _scaled_qr(X.mT @ Q)
+        Q, R, scale = _scaled_qr(X @ Z)  # X ~ X Z Z^T = scale Q R Z^T
+        finite = scale.isfinite()
+        small = torch.linalg.svd(R)  # of [..., width, width]
+        U = torch.where(finite, (Q @ small.U)[..., :q], torch.nan)
         S = small.S[..., :q] * scale.squeeze(-1)
-        V = small.Vh.mT[..., :q]
-        U, V = (torch.where(finite, part, torch.nan).to(dtype) for part in (U, V))
-        return U, torch.where(finite.squeeze(-1), S, torch.nan).to(dtype), V
+        V = torch.where(finite, (Z @ small.Vh.mT)[..., :q], torch.nan)
+        return U.to(A.dtype), S.to(A.dtype), V.to(A.dtype)
+
+
+def _scaled_qr(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, R, scale with Y = scale Q R and entries of Y / scale in [-1, 1], so that no norm overflows; where Y is not
+    finite, the scale is NaN and R is zero."""
+    peak = Y.abs().amax((-2, -1), keepdim=True) if Y.numel() else Y.new_zeros(*Y.shape[:-2], 1, 1)
+    finite = peak.isfinite()
+    scale = torch.where(peak > 0, peak, 1.0)
+    Q, R = torch.linalg.qr(torch.where(finite, Y / scale, 0.0))
+    return Q, R, torch.where(finite, scale, torch.nan)
 
 
 def tail_energy_rank(S: Tensor, tail_energy: float | Tensor, rule: Literal["nearest", "at_most"] = "nearest") -> Tensor:
