@@ -66,7 +66,7 @@ template <class T>
 struct Eigen {
   Tensor values_, vectors_;
   const T* values() const { return static_cast<const T*>(values_.const_data_ptr()); }
-  const T* vectors() const { return static_cast<const T*>(vectors_.const_data_ptr()); }
+  T* vectors() const { return static_cast<T*>(vectors_.mutable_data_ptr()); }
 };
 
 /// Of the symmetric G [m, m] given by its lower triangle. Raises what torch.linalg.eigh raises.

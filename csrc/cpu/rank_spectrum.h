@@ -58,7 +58,7 @@ struct Refinement {
   int64_t m, count, others;
   bool bottom;  // S holds the lower eigenvalues
   std::vector<float> S;
-  const float* C;
+  float* C;
   const float* C_energies;  // ascending
   int64_t neighbour;        // the one in C that is nearest to S
 
@@ -112,7 +112,9 @@ struct Rotation {
 };
 
 /// S <- S + Z C, Z the first-order rotation that removes the coupling of S to C; then S orthonormal to first order.
-inline Rotation rotate(Refinement& r) {
+/// Where more than `tolerance` is left, C <- C - Z^T S as well, for the next step: a C that is not orthogonal to S
+/// would mistake the couplings within S for its own.
+inline Rotation rotate(Refinement& r, double tolerance) {
   const int64_t m = r.m, n = r.count;
   std::vector<float> Z(n * r.others), change(n * m), overlap(n * n);
   multiply(borrow(r.residuals.data(), n, m), borrow_transposed(r.C, r.others, m), borrow(Z.data(), n, r.others));
@@ -126,14 +128,20 @@ inline Rotation rotate(Refinement& r) {
       shift += z * z * std::abs(gap);
     }
   }
+  const double angle = std::sqrt(square);
+  const double left = angle * (angle + 2 * r.largest_residual / r.gap());
   multiply(borrow(Z.data(), n, r.others), borrow(r.C, r.others, m), borrow(change.data(), n, m));
+  if (left >= tolerance) {
+    std::vector<float> back(r.others * m);
+    multiply(borrow_transposed(Z.data(), n, r.others), borrow(r.S.data(), n, m), borrow(back.data(), r.others, m));
+    for (int64_t i = 0; i < r.others * m; ++i) r.C[i] -= back[i];
+  }
   for (int64_t i = 0; i < n * m; ++i) r.S[i] += change[i];
   multiply(borrow(r.S.data(), n, m), borrow_transposed(r.S.data(), n, m), borrow(overlap.data(), n, n));
   for (int64_t i = 0; i < n; ++i) overlap[i * n + i] -= 1;
   multiply(borrow(overlap.data(), n, n), borrow(r.S.data(), n, m), borrow(change.data(), n, m));
   for (int64_t i = 0; i < n * m; ++i) r.S[i] -= change[i] / 2;
-  const double angle = std::sqrt(square);
-  return {angle * (angle + 2 * r.largest_residual / r.gap()), shift};
+  return {left, shift};
 }
 
 /// The target picks this split and neither neighbouring one, by more than `error` in the energies.
@@ -147,7 +155,7 @@ inline bool is_nearest(const Refinement& r, double error, double target) {
 /// that is not certain to be enough: a gap too small at k, a target too near to the middle between two ranks, a failed
 /// decomposition.
 inline std::optional<Split<float>> split_refined(const double* G, int64_t live, int64_t m, double target) {
-  constexpr double kTolerance = 5e-6;  // of the projector, Frobenius norm
+  constexpr double kTolerance = 2e-6;  // of the projector, Frobenius norm
   constexpr int kSteps = 3;
   Eigen<float> eigen;
   try {
@@ -160,7 +168,7 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   if (k < 1 || k >= live) return {};
   const bool bottom = live - k < k;
   const int64_t cut = live - k, count = std::min(k, cut), others = live - count;
-  const float* upper = eigen.vectors() + cut * live;
+  float* upper = eigen.vectors() + cut * live;
   Refinement r{G,
                live,
                count,
@@ -173,7 +181,7 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   r.S.assign(bottom ? eigen.vectors() : upper, (bottom ? eigen.vectors() : upper) + count * live);
   for (int step = 0; step < kSteps; ++step) {
     measure(r);
-    const Rotation rotation = rotate(r);
+    const Rotation rotation = rotate(r, kTolerance);
     if (!(rotation.left < 0.1)) return {};
     if (rotation.left < kTolerance) {
       if (!is_nearest(r, 4 * rotation.shift + 1e-10, target)) return {};
