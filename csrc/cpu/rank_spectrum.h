@@ -191,27 +191,41 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   return {};
 }
 
+/// A matrix [live, live] at the front of A, in place, to the live rows and columns of A [m, m]; zeros elsewhere. From
+/// the end on, because no element moves towards the front.
+template <class T>
+void spread(const std::vector<int32_t>& live, int64_t m, T* A) {
+  const int64_t r = static_cast<int64_t>(live.size());
+  for (int64_t i = m - 1, row = r - 1; i >= 0; --i) {
+    const bool is_live = row >= 0 && live[row] == i;
+    for (int64_t j = m - 1, column = r - 1; j >= 0; --j) {
+      const bool moves = is_live && column >= 0 && live[column] == j;
+      A[i * m + j] = moves ? A[row * r + column--] : T{0};
+    }
+    if (is_live) --row;
+  }
+}
+
 /// N = -2 ((1 - e) I - P) [m, m] of a split of the live rows. Of a k above their number, what remains falls on the
 /// first zero rows.
 template <class T>
 void write_projector(const Split<T>& split, const std::vector<int32_t>& live, int64_t m, T* N) {
   const int64_t r = static_cast<int64_t>(live.size()), count = split.count;
-  std::vector<T> P(r * r);
+  const T* basis = split.basis.data();
+  std::vector<T> scaled(basis, basis + count * r);
+  for (T& x : scaled) x *= split.bottom ? -2 : 2;
   if (count > 0) {
-    multiply(borrow_transposed(split.basis.data(), count, r), borrow(split.basis.data(), count, r),
-             borrow(P.data(), r, r));
+    multiply(borrow_transposed(scaled.data(), count, r), borrow(basis, count, r), borrow(N, r, r));
+  } else {
+    std::fill_n(N, r * r, T{0});
   }
-  const T sign = split.bottom ? -2 : 2;
-  std::fill_n(N, m * m, T{0});
+  if (r < m) spread(live, m, N);
   int64_t spare = std::max<int64_t>(0, split.rank.k - r);
   for (int64_t i = 0, row = 0; i < m; ++i) {
     const bool is_live = row < r && live[row] == i;
     const bool projected = is_live ? split.bottom : spare-- > 0;
-    if (is_live) {
-      for (int64_t column = 0; column < r; ++column) N[i * m + live[column]] = sign * P[row * r + column];
-      ++row;
-    }
     N[i * m + i] += static_cast<T>((projected ? 2.0 : 0.0) - 2 * (1 - split.rank.tail_energy));
+    row += is_live;
   }
 }
 
