@@ -13,6 +13,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export PIP_CONSTRAINT="$root/constraints-cpu.txt" UV_CONSTRAINT="$root/constraints-cpu.txt"
+export TORCH_CUDA_ARCH_LIST=9.0 # one target: the trials are about installing
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 unset PYTHONPATH RPG_FAST_REQUIRE_EXT RPG_FAST_TORCH RPG_FAST_CUDA VIRTUAL_ENV
 
@@ -31,6 +32,11 @@ with_torch() {
     "$python" -m venv "$venv" && "$venv/bin/pip" install -q torch numpy "setuptools>=77" ninja || return 1
   fi
   "$venv/bin/pip" uninstall -q -y rpg_fast 2>/dev/null
+}
+
+# with_uv: $work/uv/bin/uv is there
+with_uv() {
+  [[ -x "$work/uv/bin/uv" ]] || { "$python" -m venv "$work/uv" && "$work/uv/bin/pip" install -q uv; }
 }
 
 # check EXPRESSION...: Python expressions about the JSON of `rpg-fast info`, here `r`; and an op runs
@@ -110,13 +116,13 @@ cuda_does_not_compile() {
 
 # uv builds in an environment with another prefix; the torch of the project's own .venv is found all the same.
 uv_isolated() {
-  fresh_tree && venv="$tree/.venv" && "$python" -m venv "$venv" && "$venv/bin/pip" install -q torch || return 1
+  fresh_tree && with_uv && venv="$tree/.venv" && "$python" -m venv "$venv" && "$venv/bin/pip" install -q torch || return 1
   "$work/uv/bin/uv" pip install -v --python "$venv/bin/python" -e . >log 2>&1 && grep -q "rpg_fast: built" log &&
     check "${built[@]}"
 }
 
 uv_no_build_isolation() {
-  fresh_tree && with_torch && "$work/uv/bin/uv" pip install -q --python "$venv/bin/python" --no-build-isolation -e . &&
+  fresh_tree && with_torch && with_uv && "$work/uv/bin/uv" pip install -q --python "$venv/bin/python" --no-build-isolation -e . &&
     check "${built[@]}"
 }
 
@@ -145,7 +151,6 @@ trials=(cpu_torch_pip_23_2_1 cpu_torch_newest_pip no_torch offline setup_py_inpl
   no_compiler_but_required cpp_does_not_compile cuda_does_not_compile uv_isolated uv_no_build_isolation sdist_wheel
   oldest_torch_headers)
 
-if [[ -z "$only" || "$only" == uv* ]]; then "$python" -m venv "$work/uv" && "$work/uv/bin/pip" install -q uv; fi
 failures=0
 for trial in "${trials[@]}"; do
   [[ -z "$only" || "$trial" == $only ]] || continue
