@@ -34,7 +34,13 @@ def prunable_weights(
 
     Equivalent to: ``{f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, include)}``
     """
-    selectors: list[Selector] = [exclude] if isinstance(exclude, (str, type)) or callable(exclude) else list(exclude)
+    one = isinstance(exclude, (str, type)) or callable(exclude) or not isinstance(exclude, Iterable)
+    selectors: list[Selector] = [exclude] if one else list(exclude)  # type: ignore[arg-type, list-item]
+    for selector in selectors:
+        if not (isinstance(selector, (str, type)) or callable(selector)):
+            raise TypeError(f"exclude takes regular expressions, module types or predicates, got {selector!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
     used = [False] * len(selectors)
     excluded: set[int] = set()
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
@@ -60,9 +66,18 @@ def _matches(selector: Selector, weight_name: str, module_name: str, module: nn.
         return re.search(selector, weight_name) is not None
     if isinstance(selector, type):
         return isinstance(module, selector)
-    if callable(selector):
-        return bool(selector(module_name, module))
-    raise TypeError(f"exclude takes regular expressions, module types or predicates, got {selector!r}")
+    return bool(selector(module_name, module))
+
+
+def named_weights(weights: object) -> dict[str, Tensor]:
+    """`weights` as a dictionary of its own. Raises TypeError if it is no mapping from names to tensors."""
+    if not isinstance(weights, Mapping):
+        hint = ": pass prunable_weights(model)" if isinstance(weights, nn.Module) else ""
+        raise TypeError(f"weights must be a mapping {{name: tensor}}, got {type(weights).__name__}{hint}")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights must be a mapping {{name: tensor}}, got {type(weight).__name__} for {name!r}")
+    return dict(weights)
 
 
 def rank_weights(weights: Weights) -> list[Tensor]:
@@ -73,10 +88,9 @@ def rank_weights(weights: Weights) -> list[Tensor]:
         ValueError: no weight at all, or one with fewer than two dimensions.
         TypeError: something that is no real floating-point tensor.
     """
-    if isinstance(weights, Tensor):
-        raise TypeError(
-            "weights must be a module, a mapping or an iterable of tensors, got one tensor: wrap it in a list"
-        )
+    if isinstance(weights, Tensor) or not isinstance(weights, (nn.Module, Mapping, Iterable)):
+        got = "one tensor: wrap it in a list" if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a module, a mapping or an iterable of tensors, got {got}")
     if isinstance(weights, nn.Module):
         named: dict[str, Tensor] = dict(prunable_weights(weights, include=CONVOLUTIONS))
         if not named:
@@ -93,7 +107,10 @@ def rank_weights(weights: Weights) -> list[Tensor]:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TypeError(f"{name} must be a real floating-point tensor, got {_describe(weight)}")
         if weight.dim() < 2:
-            raise ValueError(f"{name} must have at least two dimensions [out, ...], got shape {tuple(weight.shape)}")
+            raise ValueError(
+                f"{name} must have at least two dimensions [out, ...], got shape {tuple(weight.shape)}: "
+                "pass the module or prunable_weights(module) to leave biases and norms out"
+            )
     return list(named.values())
 
 

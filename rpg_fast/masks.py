@@ -96,16 +96,18 @@ class PackedMasks:
         weights, layout: the tensors by name; their `MaskLayout`.
 
     Raises:
-        ValueError: no weights, weights on several devices, or one weight under several names.
+        ValueError: no weights, weights on several devices, or one weight under several names. TypeError: no mapping
+            from names to tensors.
     """
 
     def __init__(self, weights: NamedWeights):
+        weights = grouping.named_weights(weights)
         if not weights:
             raise ValueError("PackedMasks got no weights: wanted at least one named tensor")
         devices = {w.device for w in weights.values()}
         if len(devices) > 1:
             raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
-        self.weights = dict(weights)
+        self.weights = weights
         self._index = self._positions()
         if len(self._index) < len(self.weights):
             counts = Counter(map(id, self.weights.values()))
@@ -121,8 +123,12 @@ class PackedMasks:
         vars(self).update(state)
         self._index = self._positions()  # a copy holds other tensors
 
+    def __repr__(self) -> str:
+        return f"PackedMasks({len(self.weights)} weights, {sum(self.layout.numels):,} bits on {self.bits.device})"
+
     @property
     def names(self) -> list[str]:
+        """The names of the weights, in order (a property)."""
         return list(self.weights)
 
     def index_of(self, weight: Tensor) -> int | None:
@@ -196,6 +202,8 @@ def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: floa
 
     Equivalent to: ``for p in params: p.grad = torch.where(mask[p], p.grad * scale, 0)``
     """
+    if not isinstance(masks, PackedMasks):
+        raise TypeError(f"masks must be PackedMasks, got {type(masks).__name__}")
     with_grad = [(p, p.grad) for p in params if p.grad is not None]
     masked = [(masks.index_of(p), p, g) for p, g in with_grad]
     if scale is None:
@@ -213,7 +221,7 @@ def mask_gradients_(params: Iterable[Tensor], masks: PackedMasks, *, scale: floa
     torch.ops.rpg_fast.mask_(views, masks.bits, offsets, scale)
 
 
-# --------------------------------------------------------------------------------------------------- one mask at a time
+# ------------------------------------------------------------ one mask at a time
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -304,13 +312,14 @@ def _check_scores(name: str, scores: Tensor) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
 
 
-# -------------------------------------------------------------------------------------------------------- distributions
+# ------------------------------------------------------------ distributions
 
 
 def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
-    """The same sparsity for every weight: ``{name: sparsity}``."""
+    """The same sparsity for every weight: ``{name: sparsity}``. Raises ValueError for a sparsity outside [0, 1],
+    TypeError if `weights` is no mapping from names to tensors."""
     _check_fraction("sparsity", sparsity)
-    return dict.fromkeys(weights, float(sparsity))
+    return dict.fromkeys(grouping.named_weights(weights), float(sparsity))
 
 
 def erk(weights: NamedWeights, sparsity: float) -> dict[str, float]:
@@ -325,6 +334,7 @@ def erk(weights: NamedWeights, sparsity: float) -> dict[str, float]:
         ValueError: sparsity outside [0, 1].
     """
     _check_fraction("sparsity", sparsity)
+    weights = grouping.named_weights(weights)
     numels = {name: w.numel() for name, w in weights.items()}
     budget = kept_count(sum(numels.values()), sparsity)
     raw = {name: sum(w.shape) / w.numel() if w.numel() else 0.0 for name, w in weights.items()}

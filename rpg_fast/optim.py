@@ -35,8 +35,11 @@ class _MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: `masks` holds a tensor that is no parameter of this optimizer (its mask would have no effect).
+            TypeError: no `PackedMasks`.
         """
         if masks is not None:
+            if not isinstance(masks, PackedMasks):
+                raise TypeError(f"masks must be PackedMasks, got {type(masks).__name__}")
             mine = {id(p) for group in self.param_groups for p in group["params"]}
             foreign = [name for name, weight in masks.weights.items() if id(weight) not in mine]
             if foreign:
@@ -131,7 +134,8 @@ class MaskedSGD(_MaskedOptimizer):
         masks: the `PackedMasks` of some of the parameters; `set_masks` changes them.
 
     float32, float64, bfloat16 and float16 parameters; 16-bit ones step in float32 and keep a float32 momentum. With
-    a GradScaler, unscaling and skipping happen inside the step, without a host synchronisation; with dampening, a
+    a GradScaler, unscaling and skipping happen inside the step, without a host synchronisation (beside a `RankPruner`,
+    unscale before its step, as it shows); with dampening, a
     first step that is skipped leaves a zero momentum behind where torch would leave none.
 
     Equivalent to::

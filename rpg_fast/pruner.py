@@ -26,6 +26,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "exponential": ExponentialSparsity,
 }
 DISTRIBUTIONS = ("global_magnitude", "erk", "uniform")
+MIXING_OPTIMIZERS = ("LBFGS", "Muon")
 CRITERIA = ("rigl", "set", "gmp")
 
 
@@ -49,7 +50,7 @@ class PruneStats:
 
     @property
     def sparsity(self) -> Tensor:
-        """The fraction of zeros of each mask, float64 [B]."""
+        """A property: the fraction of zeros of each mask, float64 [B]."""
         return 1 - self.active.double() / self.total.clamp(min=1)
 
 
@@ -75,6 +76,14 @@ class RankPruner:
             if pruner.step():                     # False on a topology step: the optimizer is not stepped then
                 optimizer.step()
             optimizer.zero_grad()
+        pruner.finalize()                         # the exact sparsity
+
+        # With a GradScaler, unscale first: the rank gradient is added to true gradients.
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if pruner.step():
+            scaler.step(optimizer)
+        scaler.update()
 
     A topology update prunes to the schedule's sparsity by magnitude, then drops the smallest weights and grows as
     many where the gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at
@@ -85,8 +94,8 @@ class RankPruner:
 
     Args:
         model: its convolutions and linear layers are pruned, its convolutions get the rank loss.
-        optimizer: any torch optimizer that works element by element and holds the pruned weights. `MaskedSGD` and
-            `MaskedAdamW` are given the masks and do the masking in their step.
+        optimizer: any torch optimizer that works element by element (LBFGS and Muon do not, and are refused) and holds
+            the pruned weights. `MaskedSGD` and `MaskedAdamW` are given the masks and do the masking in their step.
         sparsity: final fraction of zeros, in [0, 1).
         total_steps: calls of `step` in the whole training.
         weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
@@ -105,7 +114,8 @@ class RankPruner:
         rank_every: "update": the rank gradient takes part in topology steps only, as published, so it only steers
             growth; an integer N: in every N-th step.
         rank_layers: ``{name: Parameter}`` that get the rank loss, default: the model's convolutions.
-        semantics: "corrected".
+        semantics: "corrected": the rules above. The published code misses its target on short runs, keeps one weight
+            too many per threshold, re-enables every weight when zeros tie, and loses its schedule on resume.
         process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all
             ranks) after every update. Gradients must have been reduced.
         generator: source of randomness for "set".
@@ -151,7 +161,9 @@ class RankPruner:
         if rank_every != "update" and not (isinstance(rank_every, int) and rank_every >= 1):
             raise ValueError(f'rank_every must be "update" or a positive integer, got {rank_every!r}')
         self.optimizer = optimizer
-        self.weights = dict(grouping.prunable_weights(model) if weights is None else weights)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        self.weights = grouping.named_weights(grouping.prunable_weights(model) if weights is None else weights)
         self._check_optimizer()
         self.sparsity, self.total_steps = sparsity, total_steps
         self.criterion = criterion
@@ -160,9 +172,8 @@ class RankPruner:
         self.distribution = distribution if isinstance(distribution, str) else dict(distribution)
         self.rank_weight, self.tail_energy = rank_weight, tail_energy
         self.rank_every, self.rank_method, self.min_sparsity = rank_every, rank_method, min_sparsity
-        self.rank_layers = dict(
-            grouping.prunable_weights(model, include=grouping.CONVOLUTIONS) if rank_layers is None else rank_layers
-        )
+        convolutions = grouping.prunable_weights(model, include=grouping.CONVOLUTIONS)
+        self.rank_layers = convolutions if rank_layers is None else grouping.named_weights(rank_layers)
         self._check_rank_options()
         self.process_group, self.generator = process_group, generator
         self.step_count = 0
@@ -187,6 +198,13 @@ class RankPruner:
         check_options(layers, self.tail_energy, self.rank_method, "fp32", None, 1, self.min_sparsity)
 
     def _check_optimizer(self) -> None:
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(self.optimizer).__name__}")
+        if type(self.optimizer).__name__ in MIXING_OPTIMIZERS:
+            name = type(self.optimizer).__name__
+            raise TypeError(
+                f"{name} mixes the elements of a weight, so pruned ones would come back: take another optimizer"
+            )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = [name for name, w in self.weights.items() if id(w) not in held]
         if missing:
@@ -209,7 +227,7 @@ class RankPruner:
         if end < update_every:
             raise ValueError(
                 f"total_steps={self.total_steps} is too short: pruning ends at step {end} (prune_until={prune_until}), "
-                f"before the first update at step {update_every} (update_every)"
+                f"before the first update at step {update_every}: pass a smaller update_every"
             )
         until = int(update_until * self.total_steps)
         return SCHEDULES[schedule](sparsity=self.sparsity, every=update_every, end=end, until=until)
@@ -373,8 +391,10 @@ class RankPruner:
         return 1 - active / total if total else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, masks and rank state (and the generator's); the options are the constructor's business."""
+        """Step, masks and rank state (and the generator's). The options are the constructor's business; of them,
+        only the sparsity is kept, and checked."""
         return {
+            "sparsity": self.sparsity,
             "step_count": self.step_count,
             "masks": self.masks.state_dict(),
             "rank_state": self.rank_state.state_dict(),
@@ -386,11 +406,13 @@ class RankPruner:
         """Restores what `state_dict` returned and zeroes what the masks exclude; load model and optimizer first.
 
         Raises:
-            ValueError: the state of other weights, or something else.
+            ValueError: the state of other weights, of another target sparsity, or something else.
         """
-        wanted = {"step_count", "masks", "rank_state", "last_rank_loss", "generator"}
+        wanted = {"sparsity", "step_count", "masks", "rank_state", "last_rank_loss", "generator"}
         if set(state) != wanted:
             raise ValueError(f"not the state of a RankPruner: got keys {sorted(state)}, wanted {sorted(wanted)}")
+        if state["sparsity"] != self.sparsity:
+            raise ValueError(f"the saved state prunes to sparsity {state['sparsity']}, this pruner to {self.sparsity}")
         if (state["generator"] is None) != (self.generator is None):
             raise ValueError(
                 "the saved state has a generator's state exactly if this pruner has a generator; here only one has"

@@ -79,7 +79,8 @@ def rank_loss(
     Args:
         weights: a module (its convolutions, as in the paper), a mapping, or an iterable of tensors [out, ...]; float32,
             float64, bfloat16 or float16, any layout, one device. All are weighted alike.
-        tail_energy: the paper's delta, in [0, 1]; a float or a 0-d tensor. 0.1 or 0.2 in the paper.
+        tail_energy: the paper's delta, in [0, 1]; a float, or a 0-d tensor, whose value is not checked. 0.1 or 0.2
+            in the paper.
         method: "exact": Gram matrix and eigendecomposition. "power": filtered randomised power iteration, which
             needs matrix products only and follows the spectrum from call to call through `state` (without one, and
             at the first call, it is "exact"); to fp32 grade, the gradient within 3e-4. Both in float64 inside.
@@ -221,7 +222,11 @@ def check_options(
     refresh_every: int,
     min_sparsity: float,
 ) -> None:
-    """Raises ValueError for what `rank_loss` does not take."""
+    """Raises ValueError or TypeError for what `rank_loss` does not take."""
+    if state is not None and not isinstance(state, RankState):
+        raise TypeError(f"state must be a RankState, got {type(state).__name__}")
+    if not isinstance(tail_energy, (Tensor, int, float)):
+        raise TypeError(f"tail_energy must be a float or a 0-d tensor, got {type(tail_energy).__name__}")
     devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")

@@ -55,7 +55,16 @@ class _Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSparsity(_Schedule):
-    """The target from the start: dynamic sparse training at constant density (RigL, SET)."""
+    """The target from the start: dynamic sparse training at constant density (RigL, SET).
+
+    Args:
+        sparsity: the target, in [0, 1). every: steps between updates. begin, end: pruning happens at the steps
+            begin + every, begin + 2 every, ... up to `end`, counted from 1. until: drop and grow goes on until this
+            step.
+
+    Raises:
+        ValueError: a value out of its range, or no update between `begin` and `end`.
+    """
 
     def __call__(self, step: int) -> float:
         """The sparsity at `step`."""
@@ -64,7 +73,16 @@ class ConstantSparsity(_Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class PolynomialSparsity(_Schedule):
-    """s (1 - (1 - x)^power), x the fraction of updates done (Zhu and Gupta 2017, with power 3)."""
+    """s (1 - (1 - x)^power), x the fraction of updates done (Zhu and Gupta 2017, with power 3).
+
+    Args:
+        sparsity: the target, in [0, 1). every: steps between updates. begin, end: pruning happens at the steps
+            begin + every, begin + 2 every, ... up to `end`, counted from 1. until: drop and grow goes on until this
+            step.
+
+    Raises:
+        ValueError: a value out of its range, or no update between `begin` and `end`.
+    """
 
     power: float = 3.0
 
@@ -82,7 +100,16 @@ class PolynomialSparsity(_Schedule):
 @dataclass(frozen=True, kw_only=True)
 class ExponentialSparsity(_Schedule):
     """1 - d^x, d = 1 - sparsity the final density, x the fraction of updates done: RPG's schedule, where every
-    update keeps the same fraction of what is left (the published code lags one update behind)."""
+    update keeps the same fraction of what is left (the published code lags one update behind).
+
+    Args:
+        sparsity: the target, in [0, 1). every: steps between updates. begin, end: pruning happens at the steps
+            begin + every, begin + 2 every, ... up to `end`, counted from 1. until: drop and grow goes on until this
+            step.
+
+    Raises:
+        ValueError: a value out of its range, or no update between `begin` and `end`.
+    """
 
     def __call__(self, step: int) -> float:
         """The sparsity at `step`."""
@@ -92,7 +119,14 @@ class ExponentialSparsity(_Schedule):
 
 @dataclass(frozen=True)
 class CosineDrop:
-    """The drop fraction alpha / 2 (1 + cos(pi step / end)) of RigL, 0 from `end` on."""
+    """The drop fraction alpha / 2 (1 + cos(pi step / end)) of RigL, 0 from `end` on.
+
+    Args:
+        drop_fraction: alpha, in [0, 1]. end: in steps.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
 
     drop_fraction: float
     end: int

@@ -124,12 +124,14 @@ def tail_energy_rank(S: Tensor, tail_energy: float | Tensor, rule: Literal["near
         int64 [...]; 0 for an all-zero spectrum, -1 for one with NaN or inf.
 
     Raises:
-        ValueError: an unknown rule, no spectrum (r = 0), or a target outside [0, 1].
+        ValueError: an unknown rule, no spectrum (r = 0), or a target outside [0, 1]. TypeError: no tensor.
 
     Equivalent to: ``r - 1 - ((S**2 / (S**2).sum()).flip(0).cumsum(0) - tail_energy).abs().argmin()`` for "nearest".
     """
     if rule not in ("nearest", "at_most"):
         raise ValueError(f'rule must be "nearest" or "at_most", got {rule!r}')
+    if not isinstance(S, Tensor):
+        raise TypeError(f"S must be a tensor of singular values [..., r], got {type(S).__name__}")
     if S.dim() < 1 or S.shape[-1] == 0:
         raise ValueError(f"S must hold at least one singular value [..., r], got shape {tuple(S.shape)}")
     if not isinstance(tail_energy, Tensor) and not 0 <= tail_energy <= 1:

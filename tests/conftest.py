@@ -29,6 +29,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads wait for each other by spinning: on a busy machine these small problems then take ten times as long. The
+    tests of kernels ask for the threads that they want."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory is full of NaN (integers: of the largest value): an output that is not fully written shows."""

@@ -41,12 +41,7 @@ class Spectrum:
 
 
 def official_spectrum(Wn: Tensor) -> Spectrum:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # LAPACK's threads wait for each other by spinning: very slow on a busy machine
-    try:
-        return Spectrum(*torch.linalg.svd(Wn.detach(), full_matrices=False))
-    finally:
-        torch.set_num_threads(threads)
+    return Spectrum(*torch.linalg.svd(Wn.detach(), full_matrices=False))
 
 
 def official_term(W: Tensor, tail_energy: float, k: int | None, spectrum: Spectrum | None) -> tuple[Tensor, Spectrum]:

@@ -197,6 +197,11 @@ every_op = pytest.mark.parametrize("name", SAMPLES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def _several_threads(_one_thread: None) -> None:
+    torch.set_num_threads(3)
+
+
 def op(name: str) -> Any:
     return getattr(torch.ops.rpg_fast, name).default
 

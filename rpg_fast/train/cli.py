@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         help="train a sparse network, and a dense one to compare it with",
         description="Trains a dense baseline and a sparse network of the same architecture. Without options: ResNet-20 "
-        "on scikit-learn's handwritten digits, 98 %% sparse.",
+        "on scikit-learn's handwritten digits, 98 % sparse.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -112,6 +112,10 @@ class TrainConfig:
                 f"--accumulate {self.accumulate} splits a batch into that many parts, "
                 f"but --batch-size is only {self.batch_size}"
             )
+        for field in fields(self):
+            made_up = field.name in ("classes", "train_images", "test_images")
+            if made_up and self.data != "synthetic" and getattr(self, field.name) != field.default:
+                raise UserError(f"--{field.name.replace('_', '-')} is for --data synthetic: {self.data} has its own")
         if self.start == "dense" and not self.dense_baseline:
             raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
 
