@@ -267,6 +267,12 @@ class RankPruner:
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0
 
+    def _rank_generator(self) -> torch.Generator:
+        """What a randomised `rank_method` draws is a function of the step: the same in every process and after a
+        resume, which all add the gradient for themselves."""
+        device = next(iter(self.rank_layers.values())).device
+        return torch.Generator(device).manual_seed(self.step_count)
+
     # ------------------------------------------------------------------------------------------------------------
     # the step
 
@@ -286,6 +292,7 @@ class RankPruner:
                 method=self.rank_method,  # type: ignore[arg-type]
                 state=self.rank_state,
                 min_sparsity=self.min_sparsity,
+                generator=self._rank_generator(),
             )
         if update:
             self._update_topology()

@@ -562,9 +562,9 @@ def test_grad_scaler(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "MaskedSGD", "MaskedAdamW"])
 @pytest.mark.parametrize("criterion", ["rigl", "set"])
-@pytest.mark.parametrize("at", [7, 10, 23])
+@pytest.mark.parametrize(("at", "rank_method"), [(7, "exact"), (10, "power"), (23, "power")])
 def test_resume_equals_an_uninterrupted_run_bit_by_bit(
-    name: str, criterion: str, at: int, device: torch.device
+    name: str, criterion: str, at: int, rank_method: str, device: torch.device
 ) -> None:
     def make() -> tuple[Net, torch.optim.Optimizer, RankPruner]:
         model = make_net(device)
@@ -572,7 +572,7 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(
         generator = torch.Generator(device).manual_seed(1) if criterion == "set" else None
         return model, optimizer, RankPruner(
             model, optimizer, sparsity=0.9, total_steps=40, update_every=5, rank_weight=1.0, rank_every=3,
-            criterion=criterion, generator=generator,
+            criterion=criterion, generator=generator, rank_method=rank_method,
         )  # fmt: skip
 
     model, optimizer, pruner = make()
@@ -586,8 +586,30 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(
     train(*other, range(at, 40))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other[0].parameters(), strict=True))
     assert torch.equal(pruner.masks.bits, other[2].masks.bits)
+    assert pruner.rank_state.calls == other[2].rank_state.calls == 40 // 3
+    assert torch.equal(pruner.rank_state.ranks, other[2].rank_state.ranks)
     assert pruner.step_count == other[2].step_count == 40
     assert torch.equal(pruner.last_rank_loss, other[2].last_rank_loss)
+
+
+@pytest.mark.parametrize("rank_method", ["exact", "power"])
+def test_the_rank_gradient_is_the_same_in_every_process(rank_method: str, device: torch.device) -> None:
+    """Whatever each has drawn before: processes add it to their reduced gradients without exchanging it."""
+    gradients = []
+    for seed in (1, 2):
+        model = make_net(device)
+        optimizer = OPTIMIZERS["MaskedSGD"](model.parameters())
+        pruner = RankPruner(
+            model, optimizer, sparsity=0.5, total_steps=20, update_every=5, rank_weight=3.0, rank_every=1,
+            rank_method=rank_method,
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        for _ in range(3):
+            pruner.step()
+        assert torch.equal(torch.get_rng_state(), before)
+        gradients.append([p.grad for p in (model.a.weight, model.b.weight)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_loaded_masks_rule(device: torch.device) -> None:
