@@ -528,6 +528,13 @@ def test_add_rank_grad_keeps_the_gradients_of_inactive_weights(device: torch.dev
     assert torch.equal(zero.grad, before)
 
 
+def test_add_rank_grad_of_a_weight_listed_twice(device: torch.device) -> None:
+    leaf = make_weight("kaiming", (300, 200)).to(device).requires_grad_()
+    leaf.grad = torch.zeros_like(leaf)
+    add_rank_grad_([leaf, leaf], 1.0)
+    assert relative_error(leaf.grad, loss_and_gradients([leaf], 0.1)[1][0]) < 1e-6
+
+
 def test_add_rank_grad_contains_nan(device: torch.device) -> None:
     bad = torch.full((4, 6), float("nan"), device=device).requires_grad_()
     good = make_weight("kaiming", (4, 6)).to(device).requires_grad_()
