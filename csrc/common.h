@@ -65,6 +65,15 @@ inline std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
+/// Refuses a tensor that is to be written and whose elements share memory, such as an expanded one.
+inline void check_writable(const char* op, const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, op, ": ", name, " must not share memory between elements, got ",
+                    describe(tensor), " with stride 0 in dimension ", d, ": clone it first");
+  }
+}
+
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
          dtype == ScalarType::BFloat16;

@@ -29,7 +29,8 @@ def prunable_weights(
             module type, or a predicate ``(module name, module) -> bool``.
 
     Raises:
-        ValueError: an `exclude` entry matches nothing (a misspelt name would otherwise be pruned in silence).
+        ValueError: an `exclude` entry matches nothing (a misspelt name would otherwise be pruned in silence), or a
+            weight that is not excluded is computed by a parametrization or by torch.nn.utils.prune.
         TypeError: an `exclude` entry is none of the three kinds.
 
     Equivalent to: ``{f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, include)}``
@@ -46,14 +47,19 @@ def prunable_weights(
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, include) or not isinstance(weight, nn.Parameter):
+        if not isinstance(module, include) or not isinstance(weight, Tensor):
             continue
         name = f"{module_name}.weight" if module_name else "weight"
         hits = [_matches(selector, name, module_name, module) for selector in selectors]
         used = [was or hit for was, hit in zip(used, hits, strict=True)]
         if any(hits):
             excluded.add(id(weight))
-        chosen.setdefault(id(weight), (name, weight))
+        elif not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name} is computed from other parameters (a parametrization?), not a Parameter: exclude it"
+            )
+        else:
+            chosen.setdefault(id(weight), (name, weight))
     kept = {name: weight for name, weight in chosen.values() if id(weight) not in excluded}
     unused = [selector for selector, was in zip(selectors, used, strict=True) if not was]
     if unused:

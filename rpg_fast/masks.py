@@ -235,7 +235,7 @@ def topk_mask(scores: Tensor, sparsity: float | Tensor) -> Tensor:
     Args:
         scores: any shape and real floating-point dtype; the larger the better, NaN above all. Ties go to the lower
             index in memory order (row-major for a contiguous tensor).
-        sparsity: fraction of zeros in [0, 1], a float or a 0-d tensor.
+        sparsity: fraction of zeros in [0, 1], a float, or a 0-d tensor, whose value is not checked.
 
     Raises:
         ValueError: sparsity outside [0, 1]. TypeError: scores that are no floating-point tensor.

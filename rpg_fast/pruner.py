@@ -89,8 +89,8 @@ class RankPruner:
     many where the gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at
     zero with zero optimizer state, dropped ones that grow again too. Counts are exact, ties go to the lower index,
     the target is reached exactly. If a gradient is not finite, nothing changes at that update, which the device
-    decides; the schedule depends on the step alone, so the next update catches up. Gradients carry no hooks and
-    `optimizer.step` is not patched: the masks work through `.grad`.
+    decides; the schedule depends on the step alone, so the next update catches up, and the last one prunes all the
+    same. Gradients carry no hooks and `optimizer.step` is not patched: the masks work through `.grad`.
 
     Args:
         model: its convolutions and linear layers are pruned, its convolutions get the rank loss.
@@ -100,7 +100,7 @@ class RankPruner:
         total_steps: calls of `step` in the whole training.
         weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
         distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities
-            ``{name: float}``.
+            ``{name: float}`` that amount to `sparsity`.
         criterion: what grows: "rigl" (largest gradient), "set" (random), "gmp" (nothing: gradual magnitude pruning).
         schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object,
             which then defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
@@ -119,6 +119,9 @@ class RankPruner:
         process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all
             ranks) after every update. Gradients must have been reduced.
         generator: source of randomness for "set".
+
+    The pruner holds the parameters themselves: build it after the model is on its device, and again if parameters are
+    replaced.
 
     Attributes:
         masks: the `PackedMasks`. last_rank_loss: 0-d tensor of the last computed rank loss, or None.
@@ -195,6 +198,8 @@ class RankPruner:
         if not self.rank_layers:
             raise ValueError("rank_weight is set, but there are no rank_layers: the model has no convolution")
         layers: list[Tensor] = list(self.rank_layers.values())
+        if not any(w.requires_grad for w in layers):
+            raise ValueError("rank_weight is set, but none of the rank_layers requires a gradient")
         check_options(layers, self.tail_energy, self.rank_method, "fp32", None, 1, self.min_sparsity)
 
     def _check_optimizer(self) -> None:
@@ -257,6 +262,12 @@ class RankPruner:
             beyond = {name: share for name, share in self.distribution.items() if not 0 <= share <= 1}
             if beyond:
                 raise ValueError(f"the sparsities of the distribution must lie in [0, 1], got {beyond}")
+            total = sum(self.masks.layout.numels)
+            zeros = sum(
+                n * self.distribution[name] for name, n in zip(self.weights, self.masks.layout.numels, strict=True)
+            )
+            if abs(zeros - self.sparsity * total) > len(self.weights):
+                raise ValueError(f"the distribution amounts to sparsity {zeros / total:.6f}, wanted {self.sparsity}")
             share = sparsity / self.sparsity if self.sparsity else 0.0
             return [share * self.distribution[name] for name in self.weights]
         if self.distribution not in DISTRIBUTIONS:
@@ -317,7 +328,7 @@ class RankPruner:
         grads = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights.values()]
         finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
         before = self.masks.bits
-        kept = after = self._prune(self.step_count)
+        kept = after = pruned = self._prune(self.step_count)
         fraction = self.drop(self.step_count)
         if self.criterion != "gmp" and fraction > 0:
             scores = grads
@@ -326,8 +337,11 @@ class RankPruner:
             magnitudes = [w.detach() for w in self.weights.values()]
             kept, grown = _masks.drop_and_grow(self.masks.layout, after, magnitudes, scores, fraction, absolute=True)
             after = kept | grown
-        after = torch.where(finite, after, before)
-        kept = torch.where(finite, kept, 255)
+        # Without a finite gradient nothing changes until the next update; the last one has none, and prunes all the
+        # same.
+        last = self.step_count == self.schedule.last_update
+        after = torch.where(finite, after, pruned if last else before)
+        kept = torch.where(finite, kept, pruned if last else 255)
         both = torch.stack([after, kept])
         self._synchronise(both)
         self._before, self._kept = before.clone(), both[1]

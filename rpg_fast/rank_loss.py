@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rpg_fast import _ops as _ops  # registers the ops
-from rpg_fast.grouping import Weights, rank_weights, short_side
+from rpg_fast.grouping import Weights, memory_order, rank_weights, short_side
 
 Method = Literal["auto", "exact", "power"]
 Precision = Literal["fp32", "fast"]
@@ -37,6 +38,7 @@ class RankState:
         self.flags: Tensor | None = None
         self.windows: Tensor | None = None
         self._spectra: tuple[Tensor, ...] | None = None  # loss, projector, inv_norms, shares
+        self._made_with: tuple[Any, ...] | None = None  # what those depend on beside the values of the weights
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next call needs, as tensors and plain values."""
@@ -54,7 +56,6 @@ class RankState:
             raise ValueError(
                 f"this RankState belongs to weights of shapes {self.shapes}, got {shapes}: use one state per list"
             )
-        self.shapes = shapes
 
 
 def rank_loss(
@@ -88,13 +89,15 @@ def rank_loss(
         precision: "fp32" or "fast"; makes no difference to the methods in float64.
         state: a `RankState`, filled with ranks and tail energies.
         refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the
-            gradient then uses the current weights with the last projectors, the value is the last one.
+            gradient then uses the current weights with the last projectors, the value is the last one. Another option,
+            dtype, device or memory format recomputes them at once; another value in a tensor `tail_energy` does not.
         min_sparsity: weights with a smaller fraction of zeros take no part (0: all do).
         generator: source of the sketches of "power", on the weights' device; "exact" draws nothing.
 
     Returns:
-        0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once. 0 with a zero
-        gradient if every weight is all-zero. A weight with NaN or inf makes the loss NaN, and its own gradient only.
+        0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once, in
+        reverse mode. 0 with a zero gradient if every weight is all-zero. A weight with NaN or inf makes the loss
+        NaN, and its own gradient only.
 
     Raises:
         ValueError, TypeError: no weights, fewer than two dimensions, no floating-point tensors, several devices, or
@@ -111,6 +114,8 @@ def rank_loss(
         rank_loss = torch.stack([loss_of(W) for W in weights]).mean()
     """
     matrices = rank_weights(weights)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(w).tangent is not None for w in matrices):
+        raise RuntimeError("rank_loss has no forward-mode derivative: use backward, or torch.autograd.grad")
     loss, projector, inv_norms, shares = _spectra(
         matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator
     )
@@ -186,10 +191,12 @@ def _spectra(
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
     check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    layouts = tuple((str(w.dtype), str(w.device), memory_order(w)) for w in weights) if refresh_every > 1 else ()
+    made_with = (layouts, method, min_sparsity, None if isinstance(tail_energy, Tensor) else tail_energy)
     if state is not None:
         state._check(weights)
-        state.calls += 1
-        if state._spectra is not None and (state.calls - 1) % refresh_every != 0:
+        if state._spectra is not None and state.calls % refresh_every != 0 and state._made_with == made_with:
+            state.calls += 1
             return state._spectra
     target = _scalar("tail_energy", tail_energy, weights[0].device)
     matrices = [w.detach() for w in weights]
@@ -209,7 +216,9 @@ def _spectra(
     spectra = (loss, projector, inv_norms, shares)
     if state is not None:
         state.ranks, state.tail_energies, state.flags = ranks, tails, (ranks < 0).int() + flags
-        state.windows, state._spectra = windows, spectra
+        state.windows, state._spectra, state._made_with = windows, spectra, made_with
+        state.shapes = [tuple(w.shape) for w in weights]
+        state.calls += 1
     return spectra
 
 
@@ -234,8 +243,8 @@ def check_options(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if precision not in ("fp32", "fast"):
         raise ValueError(f'precision must be "fp32" or "fast", got {precision!r}')
-    if refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
+    if not isinstance(refresh_every, int) or refresh_every < 1:
+        raise ValueError(f"refresh_every must be at least 1 and whole, got {refresh_every}")
     if refresh_every > 1 and state is None:
         raise ValueError(f"refresh_every={refresh_every} needs state=RankState() to keep the spectra in")
     if not 0 <= min_sparsity <= 1:

@@ -100,3 +100,81 @@ def test_scaled_gradients_take_the_rank_gradient_unscaled() -> None:
         ends.append([p.detach().clone() for p in model.parameters()])
     for plain, amp in zip(*ends, strict=True):
         torch.testing.assert_close(amp, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parametrized_weight_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    nn.utils.parametrizations.weight_norm(model[1])
+    for function in (rpg_fast.prunable_weights, rpg_fast.rank_loss):
+        with pytest.raises(ValueError, match=r"1\.weight is computed from other parameters"):
+            function(model)
+    assert list(rpg_fast.prunable_weights(model, exclude=r"^1\.")) == ["0.weight"]
+
+
+def test_a_distribution_that_contradicts_the_sparsity() -> None:
+    with pytest.raises(ValueError, match=r"amounts to sparsity 0\.9\d*, wanted 0\.5"):
+        pruner(distribution=dict.fromkeys(WEIGHTS, 0.9))
+
+
+def test_frozen_rank_layers() -> None:
+    frozen = nn.Sequential(nn.Conv2d(3, 8, 3)).requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the rank_layers requires a gradient"):
+        pruner(rank_weight=1.0, rank_layers=rpg_fast.prunable_weights(frozen))
+
+
+def test_no_forward_mode() -> None:
+    weight = torch.randn(8, 20)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda w: rpg_fast.rank_loss([w]), (weight,), (weight,))
+
+
+def test_an_expanded_gradient_is_not_written() -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    weight.grad = torch.ones(1).expand(4, 4)
+    with pytest.raises(RuntimeError):
+        rpg_fast.mask_gradients_([weight], rpg_fast.PackedMasks({"weight": weight}))
+    with pytest.raises(RuntimeError):
+        rpg_fast.add_rank_grad_([weight], 1.0)
+    assert torch.equal(weight.grad, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("change", ["memory format", "dtype", "tail energy", "method"])
+def test_cached_spectra_are_not_used_for_something_else(change: str) -> None:
+    weight = nn.Parameter(torch.randn(40, 4, 3, 3))
+    state, options = rpg_fast.RankState(), {"tail_energy": 0.1, "method": "exact"}
+    rpg_fast.rank_loss([weight], state=state, refresh_every=10, **options)
+    if change == "memory format":
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    elif change == "dtype":
+        weight = nn.Parameter(weight.detach().double())
+    elif change == "tail energy":
+        options["tail_energy"] = 0.5
+    else:
+        options["method"] = "power"
+    got = rpg_fast.rank_loss([weight], state=state, refresh_every=10, **options)
+    want = rpg_fast.rank_loss([weight], **options)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
+
+
+def test_a_failed_call_leaves_the_state_alone() -> None:
+    state = rpg_fast.RankState()
+    with pytest.raises(ValueError, match="method"):
+        rpg_fast.rank_loss(MODEL, method="none", state=state)
+    assert state.calls == 0
+    assert state.shapes is None
+
+
+@pytest.mark.parametrize("bad_step", [80, 90])
+def test_the_target_is_reached_though_an_update_meets_an_overflow(bad_step: int) -> None:
+    layer = nn.Linear(40, 40)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    trained = rpg_fast.RankPruner(layer, optimizer, sparsity=0.9, total_steps=100, update_every=10)
+    for step in range(1, 101):
+        layer.weight.grad = torch.randn(40, 40)
+        if step == bad_step:
+            layer.weight.grad[0, 0] = torch.inf
+        if trained.step():
+            optimizer.step()
+    assert int(trained.masks.count()) == 160
+    assert int((layer.weight != 0).sum()) <= 160

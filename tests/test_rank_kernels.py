@@ -293,3 +293,26 @@ def test_bad_arguments_are_named() -> None:
         ops.rank_apply_([W, W], [W], projector, inv_norms, shares, one)
     with pytest.raises(RuntimeError, match=r"grads\[0\] must be .* got float32 \[4, 5\] on cpu for float32 \[4, 6\]"):
         ops.rank_apply_([torch.zeros(4, 5)], [W], projector, inv_norms, shares, one)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_that_float32_cannot_tell_apart(seed: int) -> None:
+    """Rows of disjoint support, in pairs whose energies differ by 1e-7: a float32 decomposition may swap the two at k."""
+    generator = torch.Generator().manual_seed(seed)
+    m, per = 128, 3
+    base = torch.rand(m, per, generator=generator) + 0.5
+    base[1::2] = base[::2]
+    base[1::2, 0] *= 1 + 2.0**-22
+    base[1::2, 1] *= 1 - 2.0**-22
+    W = torch.zeros(m, m * per)
+    for i, row in enumerate(torch.randperm(m, generator=generator).tolist()):
+        W[row, i * per : (i + 1) * per] = base[i]
+    energies = W.double().square().sum(1).sort().values
+    energies /= energies.sum()
+    gaps = energies.diff()
+    for o in ((gaps > 1e-11) & (gaps < 1e-6 * energies[:-1])).nonzero().flatten().tolist():
+        target = energies.cumsum(0)[o]
+        got = torch.ops.rpg_fast.rank_project([W], target, 0.0)
+        want = reference.rank_project([W], target, 0.0)
+        assert torch.equal(got[2], want[2])
+        assert (got[5] - want[5]).norm() < 1e-5 * want[5].norm()

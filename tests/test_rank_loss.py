@@ -671,7 +671,7 @@ def test_bad_weights(weights: object, error: type[Exception], message: str) -> N
         ({"tail_energy": torch.tensor([0.1, 0.2])}, "one element"),
         ({"method": "svd"}, r"method must be .*, got .svd."),
         ({"precision": "fp8"}, "precision must be"),
-        ({"refresh_every": 0, "state": RankState()}, "refresh_every must be at least 1, got 0"),
+        ({"refresh_every": 0, "state": RankState()}, "refresh_every must be at least 1 and whole, got 0"),
         ({"refresh_every": 2}, "needs state"),
         ({"min_sparsity": 1.1}, "min_sparsity must lie in"),
         ({"min_sparsity": -0.1}, "min_sparsity must lie in"),

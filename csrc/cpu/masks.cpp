@@ -179,6 +179,7 @@ void mask_(std::vector<Tensor> tensors, Tensor bits, std::vector<int64_t> offset
     targets.emplace_back(tensors[i]);
     numels.push_back(tensors[i].numel());
     check_mask_segment("mask_", i, offsets[i], numels[i], nbytes);
+    check_writable("mask_", "tensors", tensors[i]);
     if (offsets[i] < 0 && !scale) numels.back() = 0;  // nothing to do
   }
   const double factor = scale ? scalar_value(*scale, "mask_: scale") : 1.0;

@@ -130,6 +130,7 @@ ParameterList::ParameterList(const char* op, const std::vector<Tensor>& params, 
   const auto* segments = bits ? static_cast<const uint8_t*>(bits->const_data_ptr()) : nullptr;
   for (size_t i = 0; i < params.size(); ++i) {
     check_like(op, "params", i, params[i], params[i]);
+    check_writable(op, "params", params[i]);
     check_like(op, "grads", i, grads[i], params[i]);
     if (bits) check_mask_segment(op, i, offsets[i], params[i].numel(), nbytes);
     items_[i].param = Elements(params[i]);
@@ -142,6 +143,7 @@ void ParameterList::add_state(const char* name, const std::vector<Tensor>& state
   check_length(op_, name, states.size(), params_.size());
   for (size_t i = 0; i < states.size(); ++i) {
     check_like(op_, name, i, states[i], params_[i]);
+    check_writable(op_, name, states[i]);
     const ScalarType got = states[i].scalar_type(), own = params_[i].scalar_type();
     STD_TORCH_CHECK(got == own || got == accumulation_dtype(own), op_, ": ", name, "[", i, "] must be ",
                     dtype_name(own), " or ", dtype_name(accumulation_dtype(own)), ", got ", dtype_name(got));

@@ -312,6 +312,7 @@ void apply(const char* op, const std::vector<Tensor>& outputs, const std::vector
   std::vector<View> out;
   std::set<const void*> places;
   for (size_t b = 0; b < outputs.size(); ++b) {
+    check_writable(op, "grads", outputs[b]);
     out.emplace_back(outputs[b], column_dims(weights[b]), outputs[b].mutable_data_ptr());
     places.insert(out.back().data);
   }

@@ -67,7 +67,19 @@ struct Refinement {
   std::vector<float> residuals{};  // G v - rho v [count, m]
   double largest_residual = 0;     // its norm
 
-  double inner() const { return bottom ? energies.back() : energies.front(); }
+  double inner() const {
+    return bottom ? *std::max_element(energies.begin(), energies.end())
+                  : *std::min_element(energies.begin(), energies.end());
+  }
+  /// All of C lies beyond all of S: rounding in float32 has not swapped two eigenvectors across the boundary.
+  bool ordered(double margin) const {
+    const double sign = bottom ? 1 : -1, edge = inner();
+    if (!(sign * (neighbour_energy - edge) > margin)) return false;
+    for (int64_t c = 0; c < others; ++c) {
+      if (c != neighbour && !(sign * (C_energies[c] - edge) > margin)) return false;
+    }
+    return true;
+  }
   double gap() const { return std::abs(neighbour_energy - inner()); }
   double tail_energy() const {
     const double sum = std::accumulate(energies.begin(), energies.end(), 0.0);
@@ -157,6 +169,7 @@ inline bool is_nearest(const Refinement& r, double error, double target) {
 inline std::optional<Split<float>> split_refined(const double* G, int64_t live, int64_t m, double target) {
   constexpr double kTolerance = 2e-6;  // of the projector, Frobenius norm
   constexpr int kSteps = 3;
+  constexpr double kMargin = 1e-6;  // of the largest eigenvalue, a few roundings of float32
   Eigen<float> eigen;
   try {
     const std::vector<float> rounded(G, G + live * live);
@@ -165,6 +178,7 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
     return {};
   }
   const int64_t k = nearest_rank(eigen.values(), live, m, target).k;
+  const double largest = eigen.values()[live - 1];
   if (k < 1 || k >= live) return {};
   const bool bottom = live - k < k;
   const int64_t cut = live - k, count = std::min(k, cut), others = live - count;
@@ -181,6 +195,7 @@ inline std::optional<Split<float>> split_refined(const double* G, int64_t live, 
   r.S.assign(bottom ? eigen.vectors() : upper, (bottom ? eigen.vectors() : upper) + count * live);
   for (int step = 0; step < kSteps; ++step) {
     measure(r);
+    if (!r.ordered(kMargin * largest)) return {};
     const Rotation rotation = rotate(r, kTolerance);
     if (!(rotation.left < 0.1)) return {};
     if (rotation.left < kTolerance) {
