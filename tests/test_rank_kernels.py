@@ -297,7 +297,7 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_neighbours_that_float32_cannot_tell_apart(seed: int) -> None:
-    """Rows of disjoint support, in pairs whose energies differ by 1e-7: a float32 decomposition may swap the two at k."""
+    """Rows of disjoint support, in pairs whose energies differ by 1e-7: in float32 the two at k may be swapped."""
     generator = torch.Generator().manual_seed(seed)
     m, per = 128, 3
     base = torch.rand(m, per, generator=generator) + 0.5
