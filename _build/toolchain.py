@@ -57,8 +57,11 @@ def _torch_directories() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         yield Path(spec.origin).parent
-    sites = site.getsitepackages([sys.prefix, sys.base_prefix, str(ROOT / ".venv")])
-    for directory in [*sites, site.getusersitepackages()]:
+    prefixes = [sys.prefix, sys.base_prefix, str(ROOT / ".venv")]
+    python = "python{}.{}".format(*sys.version_info)
+    # Debian's site names dist-packages alone, which is not where its virtual environments keep their packages.
+    environments = [str(Path(prefix) / "lib" / python / "site-packages") for prefix in prefixes]
+    for directory in [*site.getsitepackages(prefixes), *environments, site.getusersitepackages()]:
         yield Path(directory) / "torch"
 
 
