@@ -291,7 +291,8 @@ class RankPruner:
     def step(self) -> bool:
         """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then
         either updates the topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The
-        masked optimizers mask in their own step, so `.grad` stays dense for them. Nothing here waits for the device."""
+        masked optimizers mask in their own step, so `.grad` stays dense for them. Nothing here waits for the device but
+        the eigendecompositions of the rank loss."""
         self.step_count += 1
         update = self.schedule.is_update_step(self.step_count)
         due = update if self.rank_every == "update" else self.step_count % int(self.rank_every) == 0
@@ -337,8 +338,7 @@ class RankPruner:
             magnitudes = [w.detach() for w in self.weights.values()]
             kept, grown = _masks.drop_and_grow(self.masks.layout, after, magnitudes, scores, fraction, absolute=True)
             after = kept | grown
-        # Without a finite gradient nothing changes until the next update; the last one has none, and prunes all the
-        # same.
+        # Without a finite gradient nothing changes until the next update; the last one prunes all the same.
         last = self.step_count == self.schedule.last_update
         after = torch.where(finite, after, pruned if last else before)
         kept = torch.where(finite, kept, pruned if last else 255)
