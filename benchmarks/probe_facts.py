@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from environment import write_json
+from rates import Timing, copy_rate, matrix_timing, time_device
 from torch import Tensor
 
 DEVICE = "cuda"
@@ -92,42 +93,6 @@ def equal_size_groups(matrices: list[Tensor]) -> dict[int, Tensor]:
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one run among several."""
-
-    median: float
-    best: float
-    worst: float
-    runs: int
-
-
-def time_device(run: Callable[[], Any], *, seconds: float = 1.0, most: int = 50, repeats: int = 1) -> Timing:
-    """CUDA events around each of 3 to ``most`` runs after a warm-up; a run longer than ``seconds`` is timed once.
-
-    ``repeats``: how many times ``run`` does the thing of which the time is wanted.
-    """
-    run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - begin
-    times = [once * 1e3]
-    if once <= seconds:
-        events = []
-        for _ in range(max(3, min(most, int(seconds / once)))):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in events]
-    each = [t / repeats for t in times]
-    return Timing(statistics.median(each), min(each), max(each), len(each))
 
 
 def time_eager_and_graph(run: Callable[[], Any], repeats: int = 20) -> tuple[Timing, Timing]:
@@ -332,36 +297,22 @@ def _time_eigh(report: Report, title: str, solver: str, way: str, groups: dict[i
 
 def probe_rates(report: Report) -> None:
     report.attempt("copy", 3, partial(_time_copies, report))
-    cases = (
-        ("bf16", torch.bfloat16, "highest", "989"),
-        ("fp16", torch.float16, "highest", "989"),
-        ("TF32", torch.float32, "high", "495"),
-        ("fp32", torch.float32, "highest", "67"),
-        ("fp64", torch.float64, "highest", "67"),
-    )
-    for name, dtype, precision, datasheet in cases:
-        title = f"8192^3 product, {name}"
-        report.attempt(title, 2, partial(_time_matmul, report, title, dtype, precision, datasheet))
+    datasheet = {"bf16": "989", "fp16": "989", "TF32": "495", "fp32": "67", "fp64": "67"}
+    for arithmetic, rate in datasheet.items():
+        title = f"8192^3 product, {arithmetic}"
+        report.attempt(title, 2, partial(_time_matmul, report, title, arithmetic, rate))
 
 
 def _time_copies(report: Report) -> None:
+    report.add("copy, bytes read and written", copy_rate(DEVICE) / 1e12, "TB/s", "4.8 (datasheet)")
     source, other, target = (torch.rand(2**30, device=DEVICE) for _ in range(3))  # 4 GiB each
-    copy = time_device(lambda: target.copy_(source))
-    report.add("copy, bytes read and written", 2 * source.nbytes / copy.median / 1e9, "TB/s", "4.8 (datasheet)")
     triad = time_device(lambda: torch.add(source, other, alpha=2.0, out=target))
     report.add("a + 2 b, bytes read and written", 3 * source.nbytes / triad.median / 1e9, "TB/s", "4.8 (datasheet)")
 
 
-def _time_matmul(report: Report, title: str, dtype: torch.dtype, precision: str, datasheet: str) -> None:
-    n = 8192
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    torch.set_float32_matmul_precision(precision)
-    try:
-        timing = time_device(lambda: torch.mm(a, b, out=out), most=20)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    report.add(title, 2 * n**3 / timing.median / 1e9, "TFLOP/s", f"{datasheet} (datasheet)", runs=timing.runs)
+def _time_matmul(report: Report, title: str, arithmetic: str, datasheet: str) -> None:
+    flops, timing = matrix_timing(arithmetic, DEVICE)
+    report.add(title, flops / timing.median / 1e9, "TFLOP/s", f"{datasheet} (datasheet)", runs=timing.runs)
 
 
 # ---- official: how long does the published loop take? ----------------------------------------------------------------
