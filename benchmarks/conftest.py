@@ -18,6 +18,7 @@ import rpg_fast
 from benchmarks.environment import environment
 from benchmarks.peers import one_thread_each
 from benchmarks.race import CLOCK
+from benchmarks.rates import Rates, measure_rates
 from rpg_fast import _info
 
 
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LOAD: pytest.StashKey[float] = pytest.StashKey()  # processes that wanted to run before these did
+RATES: pytest.StashKey[Rates] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,8 +72,18 @@ def scale(request: pytest.FixtureRequest, device: torch.device) -> Scale:
     return Scale(device, full=request.config.getoption("benchmark_only"))
 
 
+@pytest.fixture(scope="session")
+def rates(request: pytest.FixtureRequest, scale: Scale) -> Rates | None:
+    """The device's ceilings, measured once a session; None in small runs."""
+    if not scale.full:
+        return None
+    measured = request.config.stash[RATES] = measure_rates(scale.device.type)
+    return measured
+
+
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
+    rates = config.stash.get(RATES, None)
     facts = environment(commit=config.getoption("commit") or "")
     facts["device"] = facts["device"] or _processor()
     del facts["commit"]  # commit_info has it
@@ -81,6 +93,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         "load_before": config.stash[LOAD],
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "rpg_fast": rpg_fast.__version__,
+        "rates": {"copy": rates.copy, "matrix": rates.matrix} if rates else None,
         "ops": {op: row["cuda" if cuda else "cpu"] for op, row in _info.backend_table().items()},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -32,25 +32,36 @@ def thread_pool() -> ThreadPoolExecutor:
 # ------------------------------------------------------------------------------------------------------------ rank loss
 
 
-def svd_loop(weights: Sequence[Tensor], tail_energy: float) -> float:
-    """The rank loss as published: layer by layer a full SVD, host reads of norm, rank and loss, autograd through the
-    norm and the residual. Adds to `.grad`, returns the loss."""
+def svd_loop(
+    weights: Sequence[Tensor],
+    tail_energy: float,
+    driver: str | None = None,
+    layer: Callable[..., Tensor | None] | None = None,
+) -> float:
+    """The rank loss as published: layer by layer a full SVD by cuSOLVER's `driver`, host reads of norm, rank and loss,
+    autograd through the norm and the residual. Adds to `.grad`, returns the loss. `layer`: `published_layer`, or that
+    compiled."""
     losses = []
     for weight in weights:
-        matrix = weight.flatten(1)
-        norm = matrix.norm()
-        if norm.item() == 0:
-            continue
-        normed = matrix / norm
-        U, S, Vh = torch.linalg.svd(normed.detach(), full_matrices=False)
-        tails = S.square().flip(0).cumsum(0)
-        k = len(S) - 1 - int((tails - tail_energy).abs().argmin().item())
-        loss = -(normed - U[:, :k] @ S[:k].diag() @ Vh[:k]).norm().square()
-        if loss.item() != 0:
+        loss = (layer or published_layer)(weight, tail_energy, driver)
+        if loss is not None and loss.item() != 0:
             losses.append(loss)
     mean = torch.stack(losses).mean()
     mean.backward()
     return mean.item()
+
+
+def published_layer(weight: Tensor, tail_energy: float, driver: str | None) -> Tensor | None:
+    """-||Wn - Wn_k||_F^2 of one weight, None if it is all-zero."""
+    matrix = weight.flatten(1)
+    norm = matrix.norm()
+    if norm.item() == 0:
+        return None
+    normed = matrix / norm
+    U, S, Vh = torch.linalg.svd(normed.detach(), full_matrices=False, driver=driver)
+    tails = S.square().flip(0).cumsum(0)
+    k = len(S) - 1 - int((tails - tail_energy).abs().argmin().item())
+    return -(normed - U[:, :k] @ S[:k].diag() @ Vh[:k]).norm().square()
 
 
 @torch.no_grad()
@@ -108,38 +119,70 @@ def _projector(V: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def gram_eigh_batches(weights: Sequence[Tensor], tail_energy: float) -> Tensor:
-    """The rank loss on a GPU: Gram matrices in float64, one batched eigendecomposition for each short side; nothing is
+def gram_eigh_batches(weights: Sequence[Tensor], tail_energy: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The rank loss on a GPU: Gram matrices in `dtype`, one batched eigendecomposition for each short side; nothing is
     read by the host outside `eigh`. Adds to `.grad`, returns the loss."""
+
+    def project(members: list[int], G: Tensor) -> tuple[Tensor, Tensor]:
+        eigenvalues, V = torch.linalg.eigh(G)
+        energies = eigenvalues.clamp(min=0).cumsum(1)  # [b, m]
+        j = (energies - tail_energy).abs().argmin(1, keepdim=True)
+        top = V * (torch.arange(V.shape[-1], device=V.device) > j)[:, None, :]
+        return top @ V.mT, energies.gather(1, j).squeeze(1)
+
+    return _in_batches(weights, dtype, project)
+
+
+@torch.no_grad()
+def randomised_batches(
+    weights: Sequence[Tensor], ranks: Sequence[int], niter: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """The rank loss from the classic randomised SVD (Halko, Martinsson, Tropp, algorithms 4.4, 5.3), told the rank of
+    every weight in advance: Gram matrices in float32, `niter` power iterations with QR in between, sketches 32 columns
+    wider than the largest rank of a short side. Adds to `.grad`, returns the loss."""
+
+    def project(members: list[int], G: Tensor) -> tuple[Tensor, Tensor]:
+        k = torch.tensor([ranks[i] for i in members], device=G.device)
+        width = min(G.shape[-1], int(max(ranks[i] for i in members)) + 32)
+        Q = torch.randn(*G.shape[:-1], width, dtype=G.dtype, device=G.device, generator=generator)
+        for _ in range(niter + 1):
+            Q = torch.linalg.qr(G @ Q).Q  # [b, m, l]
+        _, Z = torch.linalg.eigh(Q.mT @ (G @ Q))  # ascending
+        leading = torch.arange(width, device=G.device) >= width - k[:, None]
+        U = (Q @ Z) * leading[:, None, :]
+        P = U @ U.mT
+        return P, 1 - (P * G).sum((-2, -1))
+
+    return _in_batches(weights, torch.float32, project)
+
+
+def _in_batches(
+    weights: Sequence[Tensor], dtype: torch.dtype, project: Callable[[list[int], Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The rank loss with `project(members, G [b, m, m] of trace 1) -> P [b, m, m], e [b]` for each short side m."""
     groups = grouping.groups_of_equal_m(weights)
-    tails = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
+    tails = torch.zeros(len(weights), dtype=dtype, device=weights[0].device)
     nonzero = torch.zeros_like(tails)
     gradients: list[Tensor] = [torch.empty(0)] * len(weights)
     for m, members in groups.items():
         matrices = [weights[i].flatten(1) for i in members]
-        grams = torch.stack([_gram(W) for W in matrices])  # [b, m, m]
+        grams = torch.stack([_gram(W.to(dtype)) for W in matrices])  # [b, m, m]
         squares = grams.diagonal(dim1=1, dim2=2).sum(1)  # [b]
         safe = torch.where(squares > 0, squares, 1.0)
-        eigenvalues, V = torch.linalg.eigh(grams / safe[:, None, None])
-        energies = eigenvalues.clamp(min=0).cumsum(1)  # [b, m]
-        j = (energies - tail_energy).abs().argmin(1, keepdim=True)
-        e = energies.gather(1, j)  # [b, 1]
-        top = V * (torch.arange(m, device=V.device) > j)[:, None, :]
-        M = ((top @ V.mT - torch.diag_embed((1 - e).expand(-1, m))) * (2 / safe)[:, None, None]).float()
-        for i, W, product in zip(members, matrices, M, strict=True):
+        P, e = project(members, grams / safe[:, None, None])
+        M = (P - torch.diag_embed((1 - e)[:, None].expand(-1, m))) * (2 / safe)[:, None, None]
+        for i, W, product in zip(members, matrices, M.to(matrices[0].dtype), strict=True):
             gradients[i] = (product @ W if len(W) <= W.shape[1] else W @ product).view(weights[i].shape)
-        index = torch.tensor(members, device=V.device)
-        nonzero[index] = (squares > 0).double()
-        tails[index] = e.squeeze(1) * nonzero[index]
+        index = torch.tensor(members, device=e.device)
+        nonzero[index] = (squares > 0).to(dtype)
+        tails[index] = e * nonzero[index]
     active = nonzero.sum().clamp(min=1)
-    scale = (1 / active).float()
-    torch._foreach_mul_(gradients, scale)
+    torch._foreach_mul_(gradients, (1 / active).to(gradients[0].dtype))
     torch._foreach_add_([w.grad for w in weights], gradients)
     return -tails.sum() / active
 
 
 def _gram(W: Tensor) -> Tensor:
-    W = W.double()
     return W @ W.mT if len(W) <= W.shape[1] else W.mT @ W
 
 

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.rates import Rates
+from benchmarks.work import Work
+
 SLOW_S = 20.0  # what takes longer runs once
 LAP_S = 0.02  # shorter calls are repeated within a lap
 RACE_S = 30.0  # a race stops after the round that passes this, not before MIN_ROUNDS nor after MAX_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+LONG = 0.1  # what takes this part of a race's seconds runs MIN_ROUNDS times
 GRAPH = ", CUDA graph"
 
 
@@ -31,6 +35,10 @@ class Contestant:
         reset: puts the starting state back in place, untimed; before the first run, and before every run if `fresh`.
         graph: on CUDA, also race the replay of a captured graph.
         setting: the options chosen, for the table.
+        compiles: the first run compiles, so the second one tells how long a run takes. Ours do on CUDA.
+        calls: how often `run` does the job; times are those of one.
+        work: what the job costs, asked for when the contestant has run.
+        missing: why it does not run at all; empty if it does.
     """
 
     name: str
@@ -40,6 +48,10 @@ class Contestant:
     fresh: bool = False
     graph: bool = False
     setting: str = ""
+    compiles: bool = False
+    calls: int = 1
+    work: Callable[[], Work] | None = None
+    missing: str = ""
 
     @property
     def ours(self) -> bool:
@@ -76,7 +88,7 @@ def synchronise() -> None:
 
 
 def lap(contestant: Contestant, repeats: int = 1) -> tuple[float, Any]:
-    """Seconds per run, and what the last run returned."""
+    """Seconds per call, and what the last run returned."""
     if contestant.fresh and contestant.reset:
         contestant.reset()
     synchronise()
@@ -84,7 +96,7 @@ def lap(contestant: Contestant, repeats: int = 1) -> tuple[float, Any]:
     for _ in range(repeats):
         result = contestant.run()
     synchronise()
-    return (time.perf_counter() - start) / repeats, result
+    return (time.perf_counter() - start) / (repeats * contestant.calls), result
 
 
 def fastest(*candidates: Contestant) -> Contestant:
@@ -98,74 +110,108 @@ class Race:
     """Contestants for one job, run when the first of them is reported.
 
     Args:
-        title: the group in pytest-benchmark's table.
+        title: group in pytest-benchmark's table.
         contestants: peers first.
         agree: {name: outcome} -> {name: {measure: value}} for the report; raises AssertionError where results differ.
         full: False runs everything once, for the comparison of results alone.
+        rates: ceilings of the device, for the shares of them that contestants with `work` reach.
+        seconds: about how long the rounds last.
+        details: more facts for every row of the report.
+
+    A peer that raises is left out, as is whoever runs out of memory; `missing`, in every row's facts, tells why.
     """
 
     def __init__(
         self,
         title: str,
         contestants: Sequence[Contestant],
-        agree: Callable[[dict[str, Any]], dict[str, dict[str, float]]],
+        agree: Callable[[dict[str, Any]], dict[str, dict[str, Any]]],
         *,
         full: bool,
+        rates: Rates | None = None,
+        seconds: float = RACE_S,
+        details: dict[str, Any] | None = None,
     ):
         self.title, self.contestants, self.agree, self.full = title, list(contestants), agree, full
+        self.rates, self.seconds, self.details = rates, seconds, details or {}
         self.laps: dict[str, list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self.not_capturable: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
 
     def report(self, name: str, benchmark: Any) -> None:
         """Hands the times of `name` to pytest-benchmark; the first call runs the race and lets go of its tensors."""
         if self.contestants:
             contestants, self.contestants = self.contestants, []
             self._run(contestants)
+        if name in self.missing:
+            pytest.skip(f"{name}: {self.missing[name]}")
         if not self.laps:
             pytest.fail("the race broke off, see the first of these tests")
-        if name in self.not_capturable:
-            pytest.skip(f"no CUDA graph: {self.not_capturable[name]}")
         benchmark.group = self.title
         benchmark.extra_info.update(self.facts[name])
         CLOCK.wind(self.laps[name])
         benchmark.pedantic(CLOCK.advance, rounds=len(self.laps[name]))
 
     def _run(self, contestants: list[Contestant]) -> None:
+        self.missing |= {c.name: c.missing for c in contestants if c.missing}
+        contestants = [c for c in contestants if not c.missing]
         contestants = [*contestants, *self._captured(contestants)]
-        outcomes, first = {}, {}
-        for contestant in contestants:
-            if contestant.reset:
-                contestant.reset()
-            first[contestant.name], result = lap(contestant)
-            if contestant.outcome is not None:
-                outcomes[contestant.name] = contestant.outcome(result)
-            del result
+        outcomes: dict[str, Any] = {}
+        expected: dict[str, float] = {}
+        peaks: dict[str, int] = {}
+        for c in contestants:
+            try:
+                expected[c.name], peaks[c.name] = self._first(c, outcomes)
+            except Exception as error:  # whatever a peer raises is its result
+                if not self.full or (c.ours and not isinstance(error, torch.OutOfMemoryError)):
+                    raise
+                self.missing[c.name] = _reason(error)
+                outcomes.pop(c.name, None)
+        contestants = [c for c in contestants if c.name in expected]
         measures = self.agree(outcomes)
         del outcomes
-        laps = {name: [seconds] for name, seconds in first.items()}
+        laps = {name: [seconds] for name, seconds in expected.items()}
         if self.full:
-            laps |= take_turns([c for c in contestants if first[c.name] <= SLOW_S], first)
+            laps |= take_turns([c for c in contestants if expected[c.name] <= SLOW_S], expected, self.seconds)
         for c in contestants:
-            self.facts[c.name] = measures.get(c.name, {}) | self._facts(c, contestants, laps)
+            facts = measures.get(c.name, {}) | self._facts(c, contestants, laps)
+            self.facts[c.name] = facts | ({"peak_bytes": peaks[c.name]} if peaks[c.name] else {})
         self.laps = laps
 
+    def _first(self, contestant: Contestant, outcomes: dict[str, Any]) -> tuple[float, int]:
+        """Adds to `outcomes`; seconds of a run, and the device memory that one takes beside its inputs."""
+        if contestant.reset:
+            contestant.reset()
+        before = _start_peak()
+        seconds, result = lap(contestant)
+        peak = _end_peak(before)
+        if contestant.outcome is not None:
+            outcomes[contestant.name] = contestant.outcome(result)
+        del result
+        compiled = contestant.compiles or (contestant.ours and torch.cuda.is_available())
+        if self.full and (compiled or seconds < SLOW_S / 10):  # the second run is the first without a warm-up
+            seconds = lap(contestant)[0]
+        return seconds, peak
+
     def _facts(self, mine: Contestant, contestants: list[Contestant], laps: dict[str, list[float]]) -> dict[str, Any]:
-        facts = {
+        median = statistics.median(laps[mine.name])
+        facts = self.details | {
             "contestant": mine.name,
             "setting": mine.setting,
             "role": "ours" if mine.ours else "peer" if mine.outcome else "bound",
             "slow_ran_once": self.full and laps[mine.name][0] > SLOW_S,
+            "missing": self.missing,
         }
         if mine.ours:
-            median = statistics.median(laps[mine.name])
             facts["times_faster_than"] = {
                 c.name: statistics.median(laps[c.name]) / median for c in contestants if not c.ours
             }
+        if mine.work and self.rates:
+            facts |= mine.work().facts(median, self.rates)
         return facts
 
     def _captured(self, contestants: list[Contestant]) -> Iterator[Contestant]:
-        """A captured copy of every contestant that asks for one; `not_capturable` says why another has none."""
+        """A captured copy of every contestant that asks for one; `missing` says why another has none."""
         for contestant in [c for c in contestants if c.graph and torch.cuda.is_available()]:
             name = contestant.name + GRAPH
             graph = torch.cuda.CUDAGraph()
@@ -179,24 +225,46 @@ class Race:
                 with torch.cuda.graph(graph):
                     result = contestant.run()
             except RuntimeError as error:
-                self.not_capturable[name] = str(error).splitlines()[0]
+                self.missing[name] = f"no CUDA graph: {_reason(error)}"
             else:
                 yield replace(contestant, name=name, run=_replay(graph, result), graph=False)
 
 
-def take_turns(contestants: Sequence[Contestant], expected: dict[str, float]) -> dict[str, list[float]]:
-    """Seconds of every round, each round in another order; `expected` tells how often a lap repeats a short call."""
-    repeats = {c.name: 1 if c.fresh else math.ceil(LAP_S / expected[c.name]) for c in contestants}
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _start_peak() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _end_peak(before: int) -> int:
+    return torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0
+
+
+def take_turns(
+    contestants: Sequence[Contestant], expected: dict[str, float], seconds: float = RACE_S
+) -> dict[str, list[float]]:
+    """Seconds of every round, each round in another order; `expected` tells how often a lap repeats a short call, and
+    who takes too long for more than MIN_ROUNDS."""
+    repeats = {c.name: 1 if c.fresh else math.ceil(LAP_S / (expected[c.name] * c.calls)) for c in contestants}
+    long = {c.name for c in contestants if expected[c.name] * c.calls > LONG * seconds}
     laps: dict[str, list[float]] = {c.name: [] for c in contestants}
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         for turn in range(MAX_ROUNDS):
-            if turn >= MIN_ROUNDS and time.perf_counter() - start > RACE_S:
+            if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                 break
             first = turn % max(1, len(contestants))
             for contestant in [*contestants[first:], *contestants[:first]]:
+                if turn >= MIN_ROUNDS and contestant.name in long:
+                    continue
                 laps[contestant.name].append(lap(contestant, repeats[contestant.name])[0])
     finally:
         gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,77 +11,111 @@ import torch
 from torch import Tensor
 
 import rpg_fast
-from benchmarks import peers
+from benchmarks import peers, work
 from benchmarks.conftest import Scale
 from benchmarks.race import Contestant, Race, entries
+from benchmarks.rank_job import EXACT, FAST, POWER, TAIL_ENERGY, RankJob, agree
+from benchmarks.rates import Rates
 from benchmarks.workload import prune, resnet50
 from rpg_fast import grouping
-from tests.cases import TOLERANCES, relative_error
 
-TAIL_ENERGY = 0.1
 PUBLISHED = "one SVD a layer, as published"
+DRIVERS = ("gesvdj", "gesvda", "gesvd")  # torch's default first
 TORCH = "torch: Gram, eigh in float64"
+TORCH_FP32 = "torch: Gram, eigh in float32"
+COMPILED = ", torch.compile"
 OURS = "rpg_fast.rank_loss, backward"
 FUSED = "rpg_fast.add_rank_grad_"
-PUBLISHED_LOSS, PUBLISHED_GRADIENT = 1e-3, 1e-2  # float32 SVD: LAPACK is a hundred times better, GPU drivers are not
+WARM = f"{FUSED}, power"
+FASTER = f"{WARM}, fast"
+REUSED = f"{WARM}, refresh_every=10"
+COLD = f"{WARM}, cold start"
+PLAIN = "rpg_fast.filtered, plain torch"
+LIMITS = {OURS: EXACT, FUSED: EXACT, WARM: POWER, FASTER: FAST, REUSED: POWER, COLD: POWER, PLAIN: POWER}
+
+ON_CPU = [PUBLISHED, TORCH, OURS, FUSED, WARM]
+PUBLISHED_ON_GPU = [f"{PUBLISHED}, {driver}" for driver in DRIVERS]
+ON_GPU = [
+    *PUBLISHED_ON_GPU,
+    PUBLISHED_ON_GPU[0] + COMPILED,
+    TORCH,
+    TORCH_FP32,
+    TORCH + COMPILED,
+    TORCH_FP32 + COMPILED,
+    *(OURS, FUSED, WARM, FASTER, REUSED, COLD, PLAIN),
+]
 
 
-def agree(outcomes: dict[str, tuple[float, list[Tensor]]]) -> dict[str, dict[str, float]]:
-    """Everyone's loss and gradients against those of the float64 eigendecomposition."""
-    loss, gradients = outcomes[TORCH]
-    measures = {}
-    for name, (got_loss, got_gradients) in outcomes.items():
-        loss_error = abs(got_loss - loss) / abs(loss)
-        gradient_error = max(relative_error(got, want) for got, want in zip(got_gradients, gradients, strict=True))
-        exact = TOLERANCES["exact", torch.float32]
-        limits = (PUBLISHED_LOSS, PUBLISHED_GRADIENT) if name == PUBLISHED else (exact.loss, exact.gradient)
-        assert loss_error <= limits[0], f"{name}: loss {got_loss}, wanted {loss}"
-        assert gradient_error <= limits[1], f"{name}: relative error of a gradient {gradient_error}, limit {limits[1]}"
-        measures[name] = {"loss_error": loss_error, "gradient_error": gradient_error}
-    return measures
+def peers_on_cpu(job: RankJob, pool: Any) -> list[Contestant]:
+    eigh = work.eigendecomposition(job.shapes, solver="fp64")
+    return [
+        job.peer(PUBLISHED, lambda: peers.svd_loop(job.weights, TAIL_ENERGY), work=lambda: work.published(job.shapes)),
+        job.peer(
+            TORCH,
+            lambda: peers.gram_eigh_threads(job.weights, TAIL_ENERGY, pool),
+            setting="zero rows left out, one layer a thread",
+            work=lambda: eigh,
+        ),
+    ]
 
 
-@pytest.fixture(scope="module")
-def race(scale: Scale) -> Iterator[Race]:
-    model = resnet50(scale.device, full=scale.full)
-    prune(model)
-    weights = list(rpg_fast.prunable_weights(model, include=grouping.CONVOLUTIONS).values())
-    for w in weights:
-        w.grad = torch.zeros_like(w)
+def peers_on_gpu(job: RankJob) -> list[Contestant]:
+    """The published loop with each driver of cuSOLVER, batches of eigendecompositions, and both compiled."""
+    weights = job.weights
+    contestants = [
+        job.peer(name, partial(peers.svd_loop, weights, TAIL_ENERGY, driver), work=lambda: work.published(job.shapes))
+        for name, driver in zip(PUBLISHED_ON_GPU, DRIVERS, strict=True)
+    ]
+    layer = torch.compile(peers.published_layer, dynamic=True)
+    loop = partial(peers.svd_loop, weights, TAIL_ENERGY, DRIVERS[0], layer)
+    contestants.append(job.peer(PUBLISHED_ON_GPU[0] + COMPILED, loop, compiles=True))
+    batches = torch.compile(peers.gram_eigh_batches)
+    for name, solver, dtype in ((TORCH, "fp64", torch.float64), (TORCH_FP32, "fp32", torch.float32)):
+        setting = "one batch for each short side"
+        cost = work.eigendecomposition(job.shapes, solver=solver)
+        plain, compiled = (partial(f, weights, TAIL_ENERGY, dtype) for f in (peers.gram_eigh_batches, batches))
+        contestants.append(job.peer(name, plain, setting=setting, work=lambda cost=cost: cost))
+        contestants.append(job.peer(name + COMPILED, compiled, setting=setting, compiles=True))
+    return contestants
 
-    def clear() -> None:
-        torch._foreach_zero_([w.grad for w in weights])
 
-    def outcome(loss: Any) -> tuple[float, list[Tensor]]:
-        return float(loss), [w.grad.clone() for w in weights]
+def ours(job: RankJob, scale: Scale) -> list[Contestant]:
+    project, follow = scale.backend("rank_project"), scale.backend("rank_filter")
 
-    def ours() -> Tensor:
-        loss = rpg_fast.rank_loss(weights, TAIL_ENERGY, method="exact")
+    def attached() -> Tensor:
+        loss = rpg_fast.rank_loss(job.weights, TAIL_ENERGY, method="exact")
         loss.backward()
         return loss.detach()
 
+    def fused() -> Tensor:
+        return rpg_fast.add_rank_grad_(job.weights, 1.0, TAIL_ENERGY, method="exact")
+
+    contestants = [
+        job.exact(OURS, attached, f"exact, {project}"),
+        job.exact(FUSED, fused, f"exact, {project}"),
+        job.power(WARM, f"warm state, {follow}"),
+    ]
+    if job.on_gpu:
+        contestants += [
+            job.power(FASTER, f"warm state, {follow}", precision="fast"),
+            job.power(REUSED, f"mean of 10 calls, {follow}", refresh_every=10),
+            job.cold(COLD, f"new state, {follow}"),
+            job.plain(PLAIN),
+        ]
+    return contestants
+
+
+@pytest.fixture(scope="module")
+def race(scale: Scale, rates: Rates | None) -> Iterator[Race]:
+    model = resnet50(scale.device, full=scale.full)
+    prune(model)
+    job = RankJob(list(rpg_fast.prunable_weights(model, include=grouping.CONVOLUTIONS).values()))
     pool = peers.thread_pool()
-    on_cpu = scale.device.type == "cpu"
-    runs = {
-        PUBLISHED: lambda: peers.svd_loop(weights, TAIL_ENERGY),
-        TORCH: lambda: (
-            peers.gram_eigh_threads(weights, TAIL_ENERGY, pool)
-            if on_cpu
-            else peers.gram_eigh_batches(weights, TAIL_ENERGY)
-        ),
-        OURS: ours,
-        FUSED: lambda: rpg_fast.add_rank_grad_(weights, 1.0, TAIL_ENERGY, method="exact"),
-    }
-    settings = {
-        TORCH: "zero rows left out, one layer a thread" if on_cpu else "one batch for each short side",
-        OURS: scale.backend("rank_project"),
-        FUSED: scale.backend("rank_project"),
-    }
-    contestants = [Contestant(n, run, outcome, clear, setting=settings.get(n, "")) for n, run in runs.items()]
-    yield Race("rank loss and gradient, 53 convolutions", contestants, agree, full=scale.full)
+    contestants = [*(peers_on_gpu(job) if job.on_gpu else peers_on_cpu(job, pool)), *ours(job, scale)]
+    yield Race("rank loss and gradient, 53 convolutions", contestants, agree(LIMITS), full=scale.full, rates=rates)
     pool.shutdown()
 
 
-@pytest.mark.parametrize("name", entries([PUBLISHED, TORCH, OURS, FUSED]))
+@pytest.mark.parametrize("name", entries(ON_GPU if torch.cuda.is_available() else ON_CPU, graphs=[WARM, FASTER]))
 def test_rank_loss(name: str, race: Race, benchmark: Any) -> None:
     race.report(name, benchmark)
