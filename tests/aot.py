@@ -46,6 +46,14 @@ class CompiledKernel:
     shared: int
     instructions: dict[str, int] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        flags = {name: value for name, value in self.spec.constants.items() if value is not None}
+        return (
+            f"sm_{self.spec.arch} {self.spec.kernel.rpartition(':')[2]} {flags} warps {self.spec.num_warps}: "
+            f"{self.registers} registers, {self.stack} + {self.local} B stack and local, {self.shared} B shared, "
+            f"{self.instructions}"
+        )
+
 
 def compile_kernels(specs: Sequence[KernelSpec], *, timeout: float = 300.0) -> list[CompiledKernel]:
     """Compile all specs in one process without the interpreter. Raises RuntimeError, with its output, if it fails."""

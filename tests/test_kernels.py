@@ -3,65 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import pytest
 import torch
 from aot import ROOT, CompiledKernel, KernelSpec, compile_kernels
-from torch import Tensor
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-from rpg_fast.kernels import grouped_product as gp  # noqa: E402
-
-# Triton 3.6's interpreter takes a loop bound as int(array of one element), which NumPy 2.4 refuses.
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-if DEVICE == "cpu" and OLD_TRITON:
-    numpy = pytest.importorskip("numpy")
-    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip(
-            f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, got {numpy.__version__}",
-            allow_module_level=True,
-        )
-
-SIZES = (64, 96, 128, 147, 200, 1, 33)
-FP32_GRADE = 2e-6  # relative Frobenius error; single TF32 products are at 3e-4, single fp16 products at 5e-4
-
-
-def symmetric(m: int, seed: int) -> Tensor:
-    """Symmetric with a spectrum in [-1, 1], float64 [m, m]."""
-    a = torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    a = a + a.T
-    return (a / torch.linalg.matrix_norm(a, ord=2)).float().double()
-
-
-def matrices(sizes: Sequence[int] = SIZES) -> list[Tensor]:
-    return [symmetric(m, seed) for seed, m in enumerate(sizes)]
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float(torch.linalg.norm(got.cpu().double() - want) / torch.linalg.norm(want))
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """Either storage of the kernel behind one face; the scales of pairs are 1 here, as in the filter."""
-
-    pairs: bool
-
-    def store(self, values: list[Tensor], plan: gp.TilePlan) -> Tensor:
-        flat = gp.pack(values, plan)
-        return gp.split_pairs(flat, torch.ones(len(values), device=DEVICE), plan) if self.pairs else flat
-
-    def load(self, stored: Tensor, plan: gp.TilePlan) -> list[Tensor]:
-        return gp.unpack(gp.join_pairs(stored) if self.pairs else stored, plan)
-
+from kernel_cases import DEVICE, FP32_GRADE, SIZES, Storage, gp, matrices, relative_error, symmetric
 
 both_storages = pytest.mark.parametrize("storage", [Storage(False), Storage(True)], ids=["fp32", "pairs"])
 both_blocks = pytest.mark.parametrize("block", [64, 128])
@@ -101,6 +49,27 @@ def test_polynomial_step_matches_float64(storage: Storage) -> None:
     ):
         power = value @ value
         assert relative_error(result, ai * value + (bi * power + ci * power @ power) @ value) < FP32_GRADE
+
+
+@both_storages
+def test_only_matrices_with_a_stage_left_take_part(storage: Storage) -> None:
+    """Coefficients at any stride, as the columns of one table; the others keep their bits."""
+    sizes, stages = (96, 147, 64, 33), (3, 2, 0, 4)
+    plan = gp.plan_tiles(sizes, device=DEVICE)
+    table = torch.randn(len(sizes), 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    stored = storage.store(matrices(sizes), plan)
+    out = torch.full_like(stored, torch.nan)
+    gp.grouped_product(
+        stored, stored, plan, alpha=table[:, 2], addend=stored, beta=table[:, 1], out=out,
+        stages=torch.tensor(stages, dtype=torch.int32, device=DEVICE), stage=2,
+    )  # fmt: skip
+    for value, (_, beta, alpha), got, n in zip(
+        matrices(sizes), table.double().tolist(), storage.load(out, plan), stages, strict=True
+    ):
+        if n > 2:
+            assert relative_error(got, alpha * value @ value + beta * value) < FP32_GRADE
+        else:
+            assert got.isnan().all()
 
 
 @both_storages
@@ -174,6 +143,23 @@ def test_every_matrix_of_a_large_batch() -> None:
     assert all(relative_error(c, a @ a) < FP32_GRADE for a, c in zip(matrices(sizes), got, strict=True))
 
 
+def test_tables_of_a_plan() -> None:
+    sizes = (65, 200, 1, 64)
+    plan = gp.plan_tiles(sizes, device=DEVICE)
+    assert plan.orders.tolist() == list(sizes)
+    assert (plan.rows, plan.row_starts.tolist()) == (128 + 256 + 64 + 64, [0, 128, 384, 448])
+    for b, (first, end) in enumerate(plan.tile_starts.tolist()):
+        side = plan.padded[b] // 64
+        want = [[plan.starts[b] // 64**2, side, i, j, b] for i in range(side) for j in range(i + 1)]
+        assert plan.tiles[first:end].tolist() == want
+        want = [[plan.starts[b] // 64**2, side, i, plan.row_starts[b] // 64, b] for i in range(side)]
+        assert plan.row_blocks[plan.row_blocks[:, 4] == b].tolist() == want
+    assert plan.tiles[0].tolist()[4] == 1, "the largest matrix first"
+    assert {t.dtype for t in (plan.tiles, plan.tile_starts, plan.orders, plan.row_starts, plan.row_blocks)} == {
+        torch.int32
+    }
+
+
 def test_no_matrices() -> None:
     plan = gp.plan_tiles([], device=DEVICE)
     assert plan.tiles.shape == (0, 5)
@@ -204,6 +190,15 @@ def test_offsets_past_two_to_the_31(storage: Storage) -> None:
         (lambda p, v: {"out": v}, "out shares memory"),
         (lambda p, v: {"beta": torch.ones(2, device=DEVICE)}, "beta is given without an addend"),
         (lambda p, v: {"alpha": torch.ones(3, device=DEVICE)}, r"alpha must be \(2,\)"),
+        (
+            lambda p, v: {
+                "addend": v,
+                "alpha": torch.ones(2, 3, device=DEVICE)[:, 0],
+                "beta": torch.ones(2, device=DEVICE),
+            },
+            r"alpha and beta must have one stride, got \(3,\) and \(1,\)",
+        ),
+        (lambda p, v: {"stages": torch.ones(2, device=DEVICE)}, r"stages must be \(2,\) torch.int32"),
         (lambda p, v: {"block_k": 48}, "block_k must divide the plan's block 64, got 48"),
         (lambda p, v: {"addend": torch.zeros(2, p.numel, device=DEVICE).half()}, "addend must be contiguous"),
     ],
@@ -239,22 +234,33 @@ def test_the_package_imports_no_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def product_spec(arch: int, *, pairs: bool, block: int = 64, block_k: int = 32, num_warps: int = 4) -> KernelSpec:
-    """The kernel with every optional argument; the defaults are those of the launcher."""
+def product_spec(
+    arch: int, *, pairs: bool, step: str = "full", block: int = 64, block_k: int = 32, num_warps: int = 4
+) -> KernelSpec:
+    """One of the products of a filter: all arguments (b A + c A A), no alpha (a Y + B Y) or none of them (Y Y)."""
     storage = "*fp16" if pairs else "*fp32"
-    signature = dict.fromkeys(("left_ptr", "right_ptr", "addend_ptr", "out_ptr"), storage)
-    signature |= dict.fromkeys(("alpha_ptr", "beta_ptr"), "*fp32") | {"tiles_ptr": "*i32", "numel": "i32"}
+    signature = dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), storage)
+    signature |= {"tiles_ptr": "*i32", "stages_ptr": "*i32", "numel": "i32"}
+    anywhere = {"factor_stride": "i32", "stage": "i32"}
     constants = {"PAIRS": pairs, "BLOCK": block, "BLOCK_K": block_k}
+    for name in ("alpha_ptr", "beta_ptr", "addend_ptr"):
+        if step == "square" or (step == "odd" and name == "alpha_ptr"):
+            constants |= {name: None}
+        elif name == "addend_ptr":
+            signature |= {name: storage}
+        else:
+            anywhere |= {name: "*fp32"}
     scales = ("left_scale_ptr", "right_scale_ptr")
     if pairs:
         constants |= dict.fromkeys(scales)
     else:
         signature |= dict.fromkeys(scales, "*fp32")
     kernel = "rpg_fast.kernels.grouped_product:_grouped_product_kernel"
-    return KernelSpec(kernel, arch, signature, constants, tuple(signature), num_warps=num_warps, num_stages=3)
+    return KernelSpec(kernel, arch, signature | anywhere, constants, tuple(signature), num_warps=num_warps)
 
 
 PRODUCT_SPECS = [product_spec(arch, pairs=pairs) for arch in (80, 90, 100) for pairs in (False, True)]
+PRODUCT_SPECS += [product_spec(arch, pairs=True, step=step) for arch in (80, 90, 100) for step in ("odd", "square")]
 PRODUCT_SPECS += [product_spec(90, pairs=pairs, block=128, num_warps=8) for pairs in (False, True)]
 
 
@@ -265,13 +271,9 @@ def compiled_products() -> list[CompiledKernel]:
 
 def test_ahead_of_time_without_spills_on_tensor_cores(compiled_products: list[CompiledKernel]) -> None:
     for kernel in compiled_products:
-        spec, constants = kernel.spec, kernel.spec.constants
-        print(
-            f"sm_{spec.arch} {'pairs' if constants['PAIRS'] else 'fp32 '} {constants['BLOCK']:3}x{constants['BLOCK_K']}"
-            f" warps {spec.num_warps}: {kernel.registers} registers, {kernel.shared} B shared, {kernel.instructions}"
-        )
-        if constants["BLOCK"] == 64:  # larger tiles are for the benchmark to try
+        print(kernel)
+        if kernel.spec.constants["BLOCK"] == 64:  # larger tiles are for the benchmark to try
             assert (kernel.stack, kernel.local) == (0, 0), f"spills: {kernel}"
         assert kernel.instructions, f"no tensor-core instruction: {kernel}"
-        if spec.arch == 90:
+        if kernel.spec.arch == 90:
             assert kernel.instructions.get("HGMMA"), f"no wgmma: {kernel}"

@@ -10,13 +10,15 @@ too: only the lower tiles are computed, and each is stored twice. One kernel for
 covers the steps of a composed polynomial filter, A = X X, B = b A + c A A and X = a X + B X.
 
 All matrices lie in one flat buffer, row-major, padded with zeros to whole tiles. Two storages of the same size:
-fp32 [numel], split whenever a tile is loaded, or fp16 pairs [2, numel] (hi, then lo), split once when stored.
+fp32 [numel], split whenever a tile is loaded, or fp16 pairs [2, numel] (hi, then lo), split once when stored. Thin
+matrices [m, w] lie one after another, too, as fp32 [rows, w], their rows padded as those of the square ones.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rpg_fast.kernels.weights import device_table
 
 LO_SCALE = tl.constexpr(2048.0)  # fp16 keeps 11 bits, so the residual of hi times 2^11 is of the size of hi
 LO_UNIT = tl.constexpr(1 / 2048)
@@ -37,15 +41,25 @@ class TilePlan:
     ``sizes``: m of each matrix; ``padded``: m rounded up to ``block``; ``starts``: its first element in the buffer;
     ``numel``: length of the buffer; ``tiles``: int32 [T, 5], a row for each lower tile: start of its matrix in the
     buffer in units of block^2 elements, tiles per side, tile row i, tile column j <= i, index of the matrix. Large
-    matrices come first.
+    matrices come first. ``tile_starts``: int32 [B, 2], the rows of ``tiles`` that belong to a matrix, first and past
+    the last; ``orders``: int32 [B], m on the device.
+
+    ``rows``: sum of ``padded``, the rows of a thin buffer; ``row_starts``: int32 [B], the first row of each matrix;
+    ``row_blocks``: int32 [rows / block, 5], as ``tiles`` for blocks of whole rows, with the first thin row of the
+    matrix in units of ``block`` in the place of j.
     """
 
     sizes: tuple[int, ...]
     padded: tuple[int, ...]
     starts: tuple[int, ...]
     numel: int
+    rows: int
     block: int
     tiles: Tensor
+    tile_starts: Tensor
+    orders: Tensor
+    row_starts: Tensor
+    row_blocks: Tensor
 
 
 def plan_tiles(sizes: Sequence[int], *, block: int = 64, device: torch.device | str | None = None) -> TilePlan:
@@ -60,16 +74,36 @@ def plan_tiles(sizes: Sequence[int], *, block: int = 64, device: torch.device | 
         if not 1 <= m <= 46_336:
             raise ValueError(f"every matrix size must be in 1..46336, got {m} in {list(sizes)}")
     sides = [triton.cdiv(m, block) for m in sizes]
-    firsts = [sum(s * s for s in sides[:b]) for b in range(len(sides))]
+    firsts = [0, *itertools.accumulate(side * side for side in sides)]
+    first_rows = [0, *itertools.accumulate(sides)]
     largest_first = sorted(range(len(sides)), key=lambda b: -sides[b])
-    rows = [(firsts[b], sides[b], i, j, b) for b in largest_first for i in range(sides[b]) for j in range(i + 1)]
+    tiles: list[int] = []
+    row_blocks: list[int] = []
+    tile_starts = [0] * (2 * len(sides))
+    for b in largest_first:
+        tile_starts[2 * b] = len(tiles) // TILE_COLUMNS.value
+        for i in range(sides[b]):
+            row_blocks += (firsts[b], sides[b], i, first_rows[b], b)
+            for j in range(i + 1):
+                tiles += (firsts[b], sides[b], i, j, b)
+        tile_starts[2 * b + 1] = len(tiles) // TILE_COLUMNS.value
+    like = torch.empty(0, device=device)
+
+    def table(values: list[int], columns: int) -> Tensor:
+        return device_table(like, values).to(torch.int32).view(-1, columns)
+
     return TilePlan(
         sizes=tuple(sizes),
         padded=tuple(side * block for side in sides),
-        starts=tuple(first * block * block for first in firsts),
-        numel=sum(side * side for side in sides) * block * block,
+        starts=tuple(first * block * block for first in firsts[:-1]),
+        numel=firsts[-1] * block * block,
+        rows=first_rows[-1] * block,
         block=block,
-        tiles=torch.tensor(rows, dtype=torch.int32).reshape(-1, TILE_COLUMNS.value).to(device),
+        tiles=table(tiles, TILE_COLUMNS.value),
+        tile_starts=table(tile_starts, 2),
+        orders=table(list(sizes), 1).view(-1),
+        row_starts=table([first * block for first in first_rows[:-1]], 1).view(-1),
+        row_blocks=table(row_blocks, TILE_COLUMNS.value),
     )
 
 
@@ -96,7 +130,7 @@ def matrix_scales(values: Tensor, plan: TilePlan) -> Tensor:
 
     A zero matrix gets the largest scale, a matrix that holds a NaN or an infinity gets NaN: its whole product is NaN.
     """
-    _check_storage("values", values, plan, torch.float32)
+    check_storage("values", values, plan, torch.float32)
     bits = torch.zeros(len(plan.sizes), dtype=torch.int32, device=values.device)
     if len(plan.tiles):
         _absmax_kernel[(len(plan.tiles),)](values, plan.tiles, bits, BLOCK=plan.block)
@@ -107,7 +141,7 @@ def matrix_scales(values: Tensor, plan: TilePlan) -> Tensor:
 
 def split_pairs(values: Tensor, scales: Tensor, plan: TilePlan) -> Tensor:
     """fp16 pairs [2, numel] of the scaled matrices: ``scale * A = hi + lo / 2048``."""
-    _check_storage("values", values, plan, torch.float32)
+    check_storage("values", values, plan, torch.float32)
     lengths = torch.tensor([p * p for p in plan.padded], device=values.device)
     scaled = values * scales.repeat_interleave(lengths, output_size=plan.numel)
     hi = scaled.half()
@@ -129,6 +163,8 @@ def grouped_product(
     beta: Tensor | None = None,
     left_scale: Tensor | None = None,
     right_scale: Tensor | None = None,
+    stages: Tensor | None = None,
+    stage: int = 0,
     out: Tensor | None = None,
     block_k: int = 32,
     num_warps: int = 4,
@@ -139,10 +175,12 @@ def grouped_product(
     Args:
         left, right: L and R, symmetric and commuting, both fp32 [numel] or both fp16 pairs [2, numel]. Pairs are
             multiplied as they are stored: their scales are the caller's, to be folded into alpha and beta.
-        alpha, beta: fp32 [B] on the device; None means 1.
+        alpha, beta: fp32 [B] on the device, of one stride; None means 1.
         addend: D, symmetric, stored like L; may be the same tensor as ``out``.
         left_scale, right_scale: for fp32 storage, powers of two [B] that bring L and R into fp16's range before the
             split; None computes them (``matrix_scales``, one more pass over L or R).
+        stages: int32 [B] on the device: only matrices with ``stage < stages[b]`` take part, the others' part of
+            ``out`` is not touched; None means all.
         out: stored like L; must share no memory with L or R. Every element is written, padding included.
         block_k, num_warps, num_stages: the depth of a loaded tile, warps per tile and depth of the software pipeline.
 
@@ -156,7 +194,7 @@ def grouped_product(
     out = torch.empty_like(left) if out is None else out
     for name, tensor in (("left", left), ("right", right), ("addend", addend), ("out", out)):
         if tensor is not None:
-            _check_storage(name, tensor, plan, storage)
+            check_storage(name, tensor, plan, storage)
     if out.data_ptr() in (left.data_ptr(), right.data_ptr()) and plan.numel:
         raise ValueError("out shares memory with left or right, which other tiles still read: give another buffer")
     if pairs and (left_scale is not None or right_scale is not None):
@@ -170,30 +208,63 @@ def grouped_product(
         if right_scale is None:
             right_scale = left_scale if right is left else matrix_scales(right, plan)
     for name, tensor in (("alpha", alpha), ("beta", beta), ("left_scale", left_scale), ("right_scale", right_scale)):
-        _check_per_matrix(name, tensor, plan)
-    if len(plan.tiles):
-        _grouped_product_kernel[(len(plan.tiles),)](
-            left, right, addend, out, left_scale, right_scale, alpha, beta, plan.tiles, plan.numel,
-            PAIRS=pairs, BLOCK=plan.block, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+        check_per_matrix(name, tensor, plan, torch.float32)
+    check_per_matrix("stages", stages, plan, torch.int32)
+    if alpha is not None and beta is not None and alpha.stride() != beta.stride():
+        raise ValueError(f"alpha and beta must have one stride, got {alpha.stride()} and {beta.stride()}")
+    launch_product(
+        left, right, plan, out, alpha=alpha, addend=addend, beta=beta, scales=(left_scale, right_scale),
+        stages=stages, stage=stage, block_k=block_k, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out
 
 
-def _check_storage(name: str, tensor: Tensor, plan: TilePlan, dtype: torch.dtype) -> None:
+def launch_product(
+    left: Tensor,
+    right: Tensor,
+    plan: TilePlan,
+    out: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    addend: Tensor | None = None,
+    beta: Tensor | None = None,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    stages: Tensor | None = None,
+    stage: int = 0,
+    block_k: int = 32,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """`grouped_product` without its checks, for a sequence of launches on buffers that were checked once."""
+    factor = beta if alpha is None else alpha
+    if plan.numel:
+        _grouped_product_kernel[(len(plan.tiles),)](
+            left, right, addend, out, *scales, alpha, beta, 1 if factor is None else factor.stride(0), stages, stage,
+            plan.tiles, plan.numel, PAIRS=left.dtype == torch.float16, BLOCK=plan.block, BLOCK_K=block_k,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+
+def check_storage(name: str, tensor: Tensor, plan: TilePlan, dtype: torch.dtype) -> None:
     shape = (2, plan.numel) if dtype == torch.float16 else (plan.numel,)
-    device = plan.tiles.device
-    got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+    check_tensor(name, tensor, shape, dtype, plan.tiles.device)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless `tensor` is contiguous, of that shape and dtype and on that device."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
         raise ValueError(f"{name} must be contiguous {shape} {dtype} on {device}, got {got}")
 
 
-def _check_per_matrix(name: str, tensor: Tensor | None, plan: TilePlan) -> None:
+def check_per_matrix(name: str, tensor: Tensor | None, plan: TilePlan, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` is None or holds one value a matrix, at any stride."""
     if tensor is None:
         return
     want = (len(plan.sizes),)
-    if tuple(tensor.shape) != want or tensor.dtype != torch.float32 or tensor.device != plan.tiles.device:
+    if tensor.shape != want or tensor.dtype != dtype or tensor.device != plan.tiles.device:
         got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} must be {want} torch.float32 on {plan.tiles.device}, got {got}")
+        raise ValueError(f"{name} must be {want} {dtype} on {plan.tiles.device}, got {got}")
 
 
 @triton.jit
@@ -243,6 +314,40 @@ def _load_tile(tiles_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _multiply(
+    left_ptr, right_ptr, rows, cols, pitch, left_scale, right_scale, numel,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK, BLOCK] of L R for symmetric R, from pointers to the first elements of L and R."""
+    inner = tl.arange(0, BLOCK_K)
+    left_rows = left_ptr + rows[:, None] * pitch + inner[None, :]  # [BLOCK, BLOCK_K]
+    right_rows = right_ptr + cols[:, None] * pitch + inner[None, :]  # rows of a symmetric R are its columns
+    main = tl.zeros([BLOCK, BLOCK], tl.float32)
+    cross = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, pitch, BLOCK_K):
+        left_hi, left_lo = _load_pair(left_rows, k, left_scale, numel, PAIRS)
+        right_hi, right_lo = _load_pair(right_rows, k, right_scale, numel, PAIRS)
+        cross = tl.dot(left_hi, right_lo.T, cross)
+        cross = tl.dot(left_lo, right_hi.T, cross)
+        main = tl.dot(left_hi, right_hi.T, main)  # last: with it first, Triton 3.6 fails to compile for sm_100
+    return main + cross * LO_UNIT
+
+
+@triton.jit
+def _symmetrized(value, rows, cols):
+    """A tile with its lower triangle mirrored, which changes diagonal tiles only."""
+    return tl.where(rows[:, None] >= cols[None, :], value, value.T)
+
+
+@triton.jit
+def _store_mirrored(ptr, value, rows, cols, pitch, numel, i, j, PAIRS: tl.constexpr):
+    """Stores a tile below the diagonal twice, one on the diagonal once."""
+    _store_value(ptr, rows[:, None] * pitch + cols[None, :], value, numel, PAIRS)
+    if i != j:
+        _store_value(ptr, cols[:, None] * pitch + rows[None, :], value.T, numel, PAIRS)
+
+
+@triton.jit
 def _reciprocal(power_of_two):
     """Exact, by the exponent bits."""
     return (0x7F000000 - power_of_two.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
@@ -258,7 +363,8 @@ def _absmax_kernel(values_ptr, tiles_ptr, bits_ptr, BLOCK: tl.constexpr):
     tl.atomic_max(bits_ptr + b, tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
 
 
-@triton.jit
+# One binary for all stages:
+@triton.jit(do_not_specialize=["factor_stride", "stage"], do_not_specialize_on_alignment=["alpha_ptr", "beta_ptr"])
 def _grouped_product_kernel(
     left_ptr,  # fp32 [numel] or fp16 [2, numel], as right, addend and out
     right_ptr,
@@ -266,8 +372,11 @@ def _grouped_product_kernel(
     out_ptr,
     left_scale_ptr,  # fp32 [B], or None with PAIRS
     right_scale_ptr,
-    alpha_ptr,  # fp32 [B], or None for 1
+    alpha_ptr,  # fp32 [B] at factor_stride, or None for 1
     beta_ptr,
+    factor_stride,
+    stages_ptr,  # int32 [B], or None for all matrices
+    stage,
     tiles_ptr,  # int32 [T, 5]
     numel,
     PAIRS: tl.constexpr,
@@ -275,40 +384,26 @@ def _grouped_product_kernel(
     BLOCK_K: tl.constexpr,
 ):
     start, pitch, i, j, b = _load_tile(tiles_ptr, BLOCK)
+    if stages_ptr is not None:  # noqa: SIM102 (the compiler would evaluate both sides of an `and`)
+        if stage >= tl.load(stages_ptr + b):
+            return
     rows = i * BLOCK + tl.arange(0, BLOCK)
     cols = j * BLOCK + tl.arange(0, BLOCK)
-    inner = tl.arange(0, BLOCK_K)
     left_scale = 1.0
     right_scale = 1.0
     if not PAIRS:
         left_scale = tl.load(left_scale_ptr + b)
         right_scale = tl.load(right_scale_ptr + b)
-
-    left_rows = left_ptr + start + rows[:, None] * pitch + inner[None, :]  # [BLOCK, BLOCK_K]
-    right_rows = right_ptr + start + cols[:, None] * pitch + inner[None, :]  # rows of a symmetric R are its columns
-    main = tl.zeros([BLOCK, BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(0, pitch, BLOCK_K):
-        left_hi, left_lo = _load_pair(left_rows, k, left_scale, numel, PAIRS)
-        right_hi, right_lo = _load_pair(right_rows, k, right_scale, numel, PAIRS)
-        cross = tl.dot(left_hi, right_lo.T, cross)
-        cross = tl.dot(left_lo, right_hi.T, cross)
-        main = tl.dot(left_hi, right_hi.T, main)  # last: with it first, Triton 3.6 fails to compile for sm_100
-
-    value = main + cross * LO_UNIT  # [BLOCK, BLOCK]
+    value = _multiply(
+        left_ptr + start, right_ptr + start, rows, cols, pitch, left_scale, right_scale, numel, PAIRS, BLOCK, BLOCK_K
+    )
     if alpha_ptr is not None:
-        value *= tl.load(alpha_ptr + b)
+        value *= tl.load(alpha_ptr + b * factor_stride)
     if not PAIRS:  # one factor after the other: their product may overflow where the result does not
         value = value * _reciprocal(left_scale) * _reciprocal(right_scale)
-    at = rows[:, None] * pitch + cols[None, :]
     if addend_ptr is not None:
-        added = _load_value(addend_ptr + start, at, numel, PAIRS)
+        added = _load_value(addend_ptr + start, rows[:, None] * pitch + cols[None, :], numel, PAIRS)
         if beta_ptr is not None:
-            added *= tl.load(beta_ptr + b)
+            added *= tl.load(beta_ptr + b * factor_stride)
         value += added
-
-    mirrored = value.T
-    value = tl.where(rows[:, None] >= cols[None, :], value, mirrored)  # changes diagonal tiles only
-    _store_value(out_ptr + start, at, value, numel, PAIRS)
-    if i != j:
-        _store_value(out_ptr + start, cols[:, None] * pitch + rows[None, :], mirrored, numel, PAIRS)
+    _store_mirrored(out_ptr + start, _symmetrized(value, rows, cols), rows, cols, pitch, numel, i, j, PAIRS)
