@@ -41,10 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 LOAD: pytest.StashKey[float] = pytest.StashKey()  # processes that wanted to run before these did
 RATES: pytest.StashKey[Rates] = pytest.StashKey()
+NOT_MEASURED: pytest.StashKey[dict[str, str]] = pytest.StashKey()  # title of a race -> why
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LOAD] = os.getloadavg()[0]
+    config.stash[NOT_MEASURED] = {}
     if not config.getoption("benchmark_only"):
         config.option.benchmark_disable = True  # one small run each: there is nothing to tell about time
 
@@ -94,6 +96,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "rpg_fast": rpg_fast.__version__,
         "rates": {"copy": rates.copy, "matrix": rates.matrix} if rates else None,
+        "not_measured": config.stash[NOT_MEASURED],
         "ops": {op: row["cuda" if cuda else "cpu"] for op, row in _info.backend_table().items()},
     }
 

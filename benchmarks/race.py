@@ -116,6 +116,7 @@ class Race:
         full: False runs everything once, for the comparison of results alone.
         rates: ceilings of the device, for the shares of them that contestants with `work` reach.
         seconds: about how long the rounds last.
+        slow: a contestant that takes more seconds runs once.
         details: more facts for every row of the report.
 
     A peer that raises is left out, as is whoever runs out of memory; `missing`, in every row's facts, tells why.
@@ -130,10 +131,11 @@ class Race:
         full: bool,
         rates: Rates | None = None,
         seconds: float = RACE_S,
+        slow: float = SLOW_S,
         details: dict[str, Any] | None = None,
     ):
         self.title, self.contestants, self.agree, self.full = title, list(contestants), agree, full
-        self.rates, self.seconds, self.details = rates, seconds, details or {}
+        self.rates, self.seconds, self.slow, self.details = rates, seconds, slow, details or {}
         self.laps: dict[str, list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
@@ -172,7 +174,7 @@ class Race:
         del outcomes
         laps = {name: [seconds] for name, seconds in expected.items()}
         if self.full:
-            laps |= take_turns([c for c in contestants if expected[c.name] <= SLOW_S], expected, self.seconds)
+            laps |= take_turns([c for c in contestants if expected[c.name] <= self.slow], expected, self.seconds)
         for c in contestants:
             facts = measures.get(c.name, {}) | self._facts(c, contestants, laps)
             self.facts[c.name] = facts | ({"peak_bytes": peaks[c.name]} if peaks[c.name] else {})
@@ -189,7 +191,7 @@ class Race:
             outcomes[contestant.name] = contestant.outcome(result)
         del result
         compiled = contestant.compiles or (contestant.ours and torch.cuda.is_available())
-        if self.full and (compiled or seconds < SLOW_S / 10):  # the second run is the first without a warm-up
+        if self.full and (compiled or seconds < self.slow / 10):  # the second run is the first without a warm-up
             seconds = lap(contestant)[0]
         return seconds, peak
 
@@ -199,7 +201,7 @@ class Race:
             "contestant": mine.name,
             "setting": mine.setting,
             "role": "ours" if mine.ours else "peer" if mine.outcome else "bound",
-            "slow_ran_once": self.full and laps[mine.name][0] > SLOW_S,
+            "slow_ran_once": self.full and laps[mine.name][0] > self.slow,
             "missing": self.missing,
         }
         if mine.ours:
