@@ -33,7 +33,10 @@ from rpg_fast.kernels.weights import (
     storage_of,
 )
 
-APPLY_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+TILES = {  # by whether the class is aligned: what is loaded element by element takes more registers
+    True: {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    False: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
+}
 TABLE_COLUMNS = tl.constexpr(5)
 LIFT = tl.constexpr(14)  # 2^15 is the largest power of two in fp16, and powers of two are rounded down
 
@@ -127,10 +130,12 @@ def _fused(weights: tuple[Storage, ...], gradients: tuple[Storage, ...]) -> tupl
     """For which weights one kernel can read the weight and write the gradient where they lie."""
 
     def direct(weight: Storage, gradient: Storage) -> bool:
+        if 0 in weight.shape or weight.shape != gradient.shape:
+            return weight.shape == gradient.shape
         X, target = matrix_layout(weight, weight), matrix_layout(gradient, weight)
         return X is not None and target is not None and (X.rows, X.dtype) == (target.rows, target.dtype)
 
-    return tuple(0 in w.shape or direct(w, g) for w, g in zip(weights, gradients, strict=True))
+    return tuple(direct(w, g) for w, g in zip(weights, gradients, strict=True))
 
 
 def _launch(
@@ -151,13 +156,14 @@ def _launch(
     plan = plan_apply(*storages, add, inv_norms.device)
     if not plan.classes:
         return
-    pointers = device_table(inv_norms, [tensor.data_ptr() for tensor in (*sources, *targets)])
+    pairs = zip(sources, targets, strict=True)
+    addresses = device_table(inv_norms, [tensor.data_ptr() for pair in pairs for tensor in pair])
     weight = _on_device(weight, inv_norms)
     with torch.cuda.device_of(inv_norms):
         for c in plan.classes:
             _apply_kernel[(len(c.tiles),)](
-                pointers, pointers[len(sources) :], plan.table, c.tiles, projector, inv_norms, shares, weight,
-                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, ADD=c.add, PAIRS=precision == "fp32", **APPLY_TILE,
+                addresses, plan.table, c.tiles, projector, inv_norms, shares, weight,
+                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, ADD=c.add, PAIRS=precision == "fp32", **TILES[c.aligned],
             )  # fmt: skip
 
 
@@ -178,22 +184,25 @@ def plan_apply(
 ) -> ApplyPlan:
     """The tables of one call, made once for weights and gradients that lie alike; empty weights are in no class."""
     like = torch.empty(0, device=device)
-    rows_of: dict[tuple[str, bool, bool, bool], list[tuple[int, int, int]]] = {}
+    grids: dict[tuple[str, bool, bool, bool], list[tuple[int, int, int]]] = {}
     table = []
     offset = 0
     for b, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        X, gradient = (None, None) if 0 in source.shape else (matrix_layout(s, source) for s in (source, target))
-        if X is None or gradient is None:
+        if 0 in source.shape:
             table.append((0, 0, 0, 0, 0))
             continue
+        X, gradient = matrix_layout(source, source), matrix_layout(target, source)
+        assert X is not None, f"no layout of {source}"
+        assert gradient is not None, f"no layout of {target}"
         aligned = X.aligned and gradient.aligned and X.m % 4 == 0 and offset % 4 == 0
-        tiles = (b, triton.cdiv(X.m, APPLY_TILE["BLOCK_M"]), triton.cdiv(X.n, APPLY_TILE["BLOCK_N"]))
-        rows_of.setdefault((DTYPES[X.dtype], X.rows, aligned, add[b]), []).append(tiles)
+        tile = TILES[aligned]
+        grid = (b, triton.cdiv(X.m, tile["BLOCK_M"]), triton.cdiv(X.n, tile["BLOCK_N"]))
+        grids.setdefault((DTYPES[X.dtype], X.rows, aligned, add[b]), []).append(grid)
         table.append((X.m, X.n, X.pitch, gradient.pitch, offset))
         offset += X.m**2
     classes = tuple(
-        ApplyClass(*key, grid_table(like, sorted(tiles, key=lambda t: -table[t[0]][0])))  # the longest programs first
-        for key, tiles in rows_of.items()
+        ApplyClass(*key, grid_table(like, sorted(members, key=lambda grid: -table[grid[0]][0])))  # long programs first
+        for key, members in grids.items()
     )
     return ApplyPlan(device_table(like, list(itertools.chain(*table))).view(-1, TABLE_COLUMNS.value), classes)
 
@@ -212,8 +221,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _apply_kernel(
-    sources_ptr,  # int64 [B]: addresses of the weights
-    targets_ptr,  # int64 [B]: addresses of the gradients
+    addresses_ptr,  # int64 [B, 2], of the weights and the gradients
     table_ptr,  # int64 [B, 5]
     tiles_ptr,  # int32 [T, 3]
     projector_ptr,  # fp32 [sum m^2]
@@ -238,11 +246,13 @@ def _apply_kernel(
     rows = tl.load(row + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.load(row + 2) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    base, m, n, pitch = matrix_at(sources_ptr, table_ptr, b, TABLE_COLUMNS, TYPE, ROWS, ALIGNED)
-    offset = tl.load(table_ptr + TABLE_COLUMNS * b + 4)
+    layout = table_ptr + TABLE_COLUMNS * b
+    base, m, n, pitch = matrix_at(tl.load(addresses_ptr + 2 * b), layout, TYPE, ROWS, ALIGNED)
+    offset = tl.load(layout + 4)
     if ALIGNED:
-        m = tl.multiple_of(m, 4)
         offset = tl.multiple_of(offset, 4)
+        if ROWS:  # else it has a hint already, and the last one counts
+            m = tl.multiple_of(m, 4)
     inv_norm = tl.load(inv_norms_ptr + b)
     exponent = tl.minimum(tl.maximum(_exponent(inv_norm) + LIFT, -126), 127)
     lift = _power_of_two(exponent)
@@ -271,8 +281,8 @@ def _apply_kernel(
     half = tl.minimum(tl.maximum(_exponent(tl.abs(coefficient)) >> 1, -126), 127)
     other_half = _power_of_two(half)
     value = main * (coefficient / other_half.to(tl.float64)).to(tl.float32) * other_half
-    target = tl.load(targets_ptr + b).to(base.dtype)
-    target_pitch = tl.load(table_ptr + TABLE_COLUMNS * b + 3)
+    target = tl.load(addresses_ptr + 2 * b + 1).to(base.dtype)
+    target_pitch = tl.load(layout + 3)
     if ALIGNED:
         target = tl.multiple_of(target, 16)
         target_pitch = tl.multiple_of(target_pitch, 4 if TYPE == "fp32" else 8)

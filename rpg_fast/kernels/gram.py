@@ -100,23 +100,24 @@ def normalised_grams(weights: Sequence[Tensor]) -> Grams:
         grouping.short_side_first(w).contiguous() if copied else w
         for w, copied in zip(weights, plan.copied, strict=True)
     ]
-    pointers = device_table(like, [X.data_ptr() for X in lying])
+    addresses = device_table(like, [X.data_ptr() for X in lying])
     count = len(weights)
     bits = torch.zeros(count, dtype=torch.int32, device=like.device)
     zeros = torch.zeros(count, dtype=torch.int64, device=like.device)
     partials = torch.empty(plan.partials * BLOCK * BLOCK, dtype=torch.float32, device=like.device)
     norms = torch.empty(count, dtype=torch.float64, device=like.device)
-    scales, factors = torch.empty(2, count, dtype=torch.float32, device=like.device)
+    scales = torch.empty(count, dtype=torch.float32, device=like.device)
+    factors = torch.empty_like(scales)
     pairs = torch.empty(2, plan.square.numel, dtype=torch.float16, device=like.device)
     with torch.cuda.device_of(like):
         for c in plan.classes:
             _statistics_kernel[(len(c.elements),)](
-                pointers, plan.table, c.elements, bits, zeros,
+                addresses, plan.table, c.elements, bits, zeros,
                 TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, BLOCK=BLOCK,
             )  # fmt: skip
         for c in plan.classes:
             _gram_kernel[(len(c.tiles),)](
-                pointers, plan.table, c.tiles, bits, partials,
+                addresses, plan.table, c.tiles, bits, partials,
                 TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, BLOCK=BLOCK, CHUNK=CHUNK, **GRAM_TILE,
             )  # fmt: skip
         _norms_kernel[(count,)](partials, plan.table, bits, norms, scales, factors, BLOCK=BLOCK, BATCH=8)
@@ -177,7 +178,7 @@ def _finite(bits):
 
 @triton.jit
 def _statistics_kernel(
-    pointers_ptr,  # int64 [B]
+    addresses_ptr,  # int64 [B]
     table_ptr,  # int64 [B, 5]
     elements_ptr,  # int32 [S, 3]
     bits_ptr,  # int32 [B], zeroed: max |w| as the bits of a float, which order like integers, NaN above all
@@ -189,7 +190,7 @@ def _statistics_kernel(
 ):
     row = elements_ptr + 3 * tl.program_id(0)
     b = tl.load(row)
-    base, m, n, pitch = matrix_at(pointers_ptr, table_ptr, b, TABLE_COLUMNS, TYPE, ROWS, ALIGNED)
+    base, m, n, pitch = matrix_at(tl.load(addresses_ptr + b), table_ptr + TABLE_COLUMNS * b, TYPE, ROWS, ALIGNED)
     span = tl.arange(0, BLOCK)
     at, there = block_at(base, pitch, tl.load(row + 1) * BLOCK + span, tl.load(row + 2) * BLOCK + span, m, n, ROWS)
     values = tl.load(at, mask=there, other=0.0).to(tl.float32)  # [BLOCK, BLOCK]
@@ -206,7 +207,7 @@ def _load_pair(base, pitch, i, j, m, n, scale, TYPE: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def _gram_kernel(
-    pointers_ptr,  # int64 [B]
+    addresses_ptr,  # int64 [B]
     table_ptr,  # int64 [B, 5]
     tiles_ptr,  # int32 [T, 4]
     bits_ptr,  # int32 [B]
@@ -221,7 +222,7 @@ def _gram_kernel(
 ):
     row = tiles_ptr + 4 * tl.program_id(0)
     b, i, j, chunk = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    base, m, n, pitch = matrix_at(pointers_ptr, table_ptr, b, TABLE_COLUMNS, TYPE, ROWS, ALIGNED)
+    base, m, n, pitch = matrix_at(tl.load(addresses_ptr + b), table_ptr + TABLE_COLUMNS * b, TYPE, ROWS, ALIGNED)
     bits = tl.load(bits_ptr + b)
     scale = _scale(bits)
     left = i * BLOCK + tl.arange(0, BLOCK)

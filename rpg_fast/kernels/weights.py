@@ -63,6 +63,7 @@ def matrix_layout(tensor: Storage, weight: Storage) -> MatrixLayout | None:
     """Where X lies in `tensor`: a weight itself or a gradient of the same shape, in the order of `weight`'s columns.
 
     None if it has no such layout, shares memory between elements, or is of a dtype that the kernels do not know.
+    Raises ValueError for n >= 2^31 (32-bit indices inside a row).
     """
     if tensor.dtype not in DTYPES:
         return None
@@ -75,6 +76,8 @@ def matrix_layout(tensor: Storage, weight: Storage) -> MatrixLayout | None:
         return None
     X = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT  # [m, n]
     (m, n), (row, column) = X.shape, X.stride()
+    if n >= 2**31:
+        raise ValueError(f"a weight's long side must be below 2^31, got shape {tensor.shape}")
     row, column = (0 if m == 1 else row), (1 if n == 1 else column)
     if column == 1 and (row >= n or m == 1):
         rows, pitch, unit_side = True, row, n
@@ -112,18 +115,15 @@ def grid_table(like: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 @triton.jit
-def matrix_at(
-    pointers_ptr, table_ptr, b, COLUMNS: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Address of X of matrix b, m, n and pitch. ``pointers_ptr``: int64 [B]; ``table_ptr``: int64 [B, COLUMNS], whose
-    rows begin with m, n, pitch; the others as in `MatrixLayout`, TYPE of its elements in Triton's words."""
-    row = table_ptr + COLUMNS * b
-    base = tl.load(pointers_ptr + b).to(tl.pointer_type(tl.dtype(TYPE)))
-    m = tl.load(row).to(tl.int32)
-    n = tl.load(row + 1).to(tl.int32)
-    pitch = tl.load(row + 2)
+def matrix_at(address, row_ptr, TYPE: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """X as a pointer, m, n and pitch. ``row_ptr``: int64, m, n, pitch; the others as in `MatrixLayout`, TYPE of its
+    elements in Triton's words."""
+    VECTOR: tl.constexpr = 4 if TYPE == "fp32" else 8
+    base = address.to(tl.pointer_type(tl.dtype(TYPE)))
+    m = tl.load(row_ptr).to(tl.int32)
+    n = tl.load(row_ptr + 1).to(tl.int32)
+    pitch = tl.load(row_ptr + 2)
     if ALIGNED:
-        VECTOR: tl.constexpr = 4 if TYPE == "fp32" else 8
         base = tl.multiple_of(base, 16)
         pitch = tl.multiple_of(pitch, VECTOR)
         if ROWS:
