@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -11,6 +12,10 @@ from torch import Tensor
 from rpg_fast import reference
 
 OVERSAMPLING = 8  # extra columns of the sketch, dropped from the result
+HEADROOM = 2.0**-10  # a Gaussian sketch times this keeps the first product finite up to the largest float32
+SHIFT = 1e-15  # of a Gram matrix's trace: above what rounding to float64 leaves of a zero eigenvalue
+ROUNDING = 2.0**-23  # relative: what float32 rounds off anyway
+SvdMethod = Literal["svd", "qr", "products"]
 
 
 @overload
@@ -27,18 +32,20 @@ def svd_lowrank(
     """The q largest singular triplets of each matrix by randomised power iteration (Halko, Martinsson, Tropp, SIAM
     Review 2011, algorithms 4.4 and 5.1): a Gaussian sketch of q + 8 columns, `niter` products with A A^T,
     orthonormalised in between, and the SVD of the small projected matrix. Accurate where the spectrum falls off; a
-    flat one needs more iterations.
+    flat one needs more iterations. Where q + 8 is more than half of min(m, n), a full SVD may be taken instead:
+    `svd_method` tells, and why.
 
     Args:
-        A: [..., m, n], or a list of matrices [..., m_i, n_i] of different shapes (equal ones are batched); wide or
-            tall; float32 or float64, or 16 bits (then float32 inside).
+        A: [..., m, n], or a list of matrices [..., m_i, n_i] of different shapes (equal ones, and the transposes of
+            equal ones, are batched); wide or tall; float32 or float64, or 16 bits (then float32 inside).
         q: number of triplets, 1 <= q <= min(m, n).
         niter: power iterations, >= 0.
-        generator: source of the sketch, on A's device; the same state gives the same result.
+        generator: source of the sketch, on A's device; the same state gives the same result. A batch shares a sketch.
 
     Returns:
         U [..., m, q], S [..., q] descending, V [..., n, q] with A ~ U diag(S) V^T, in A's dtype; lists of them for a
-        list. A matrix with NaN or inf gives NaN in its own triplets only.
+        list. U and V are orthonormal, whatever A's rank. A matrix with NaN or inf gives NaN in its own triplets only.
+        On CUDA the host waits once for each shape (`torch.linalg.eigh` and `svd` do).
 
     Raises:
         ValueError: q or niter out of range, fewer than two dimensions. TypeError: no real floating-point tensor.
@@ -54,13 +61,21 @@ def svd_lowrank(
         _check_matrix(f"A[{i}]", matrix, q, niter)
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
-        alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
+        alike.setdefault((_wide(matrix).shape, matrix.dtype, matrix.device), []).append(i)
     triplets: dict[int, tuple[Tensor, ...]] = {}
     for members in alike.values():
-        batched = _svd_lowrank(torch.stack([matrices[i] for i in members]), q, niter, generator)
+        batched = _svd_lowrank(torch.stack([_wide(matrices[i]) for i in members]), q, niter, generator)
         triplets.update(zip(members, zip(*(part.unbind(0) for part in batched), strict=True), strict=True))
-    in_order = [triplets[i] for i in range(len(matrices))]
-    return [t[0] for t in in_order], [t[1] for t in in_order], [t[2] for t in in_order]
+    ordered = [triplets[i] if _is_wide(A) else triplets[i][::-1] for i, A in enumerate(matrices)]
+    return [t[0] for t in ordered], [t[1] for t in ordered], [t[2] for t in ordered]
+
+
+def _is_wide(A: Tensor) -> bool:
+    return A.shape[-2] <= A.shape[-1]
+
+
+def _wide(A: Tensor) -> Tensor:
+    return A if _is_wide(A) else A.mT
 
 
 def _check_matrix(name: str, A: Tensor, q: int, niter: int) -> None:
@@ -79,36 +94,126 @@ def _check_matrix(name: str, A: Tensor, q: int, niter: int) -> None:
         raise RuntimeError(f"svd_lowrank has no derivative, and {name} requires grad: pass {name}.detach()")
 
 
+def svd_method(shape: Sequence[int], q: int, *, device: torch.device, dtype: torch.dtype = torch.float32) -> SvdMethod:
+    """How `svd_lowrank` does a batch of shape [..., m, n].
+
+    "products", for up to float32 on CUDA: matrix products, triangular w x w factors and one w x w symmetric
+        eigenproblem, w = q + 8, all batched. There batched Householder QR and SVD run matrix after matrix. If w reaches
+        min(m, n), it is a full SVD, without a sketch.
+    "svd", if w is more than half of min(m, n): `torch.linalg.svd`, cut. It costs less than the 2 niter + 2 products of
+        that width with their orthonormalisations do.
+    "qr": Householder QR between the products. On the CPU as fast, and float64 keeps all its digits.
+    """
+    if device.type == "cuda" and dtype != torch.float64:
+        return "products"
+    return "svd" if 2 * (q + OVERSAMPLING) > min(shape[-2:]) else "qr"
+
+
 def _svd_lowrank(A: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    if A.shape[-2] > A.shape[-1]:
+    if not _is_wide(A):
         V, S, U = _svd_lowrank(A.mT, q, niter, generator)
         return U, S, V
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         X = A.to(reference.accumulation_dtype([A]))  # [..., m, n], m <= n
-        m = X.shape[-2]
-        width = min(q + OVERSAMPLING, m)
-        sketch = torch.randn(*X.shape[:-1], width, dtype=X.dtype, device=X.device, generator=generator)
-        Z, _, _ = _scaled_qr(X.mT @ sketch)  # [..., n, width]
-        for _ in range(niter):
-            Q, _, _ = _scaled_qr(X @ Z)  # [..., m, width]
-            Z, _, _ = _scaled_qr(X.mT @ Q)
-        Q, R, scale = _scaled_qr(X @ Z)  # X ~ X Z Z^T = scale Q R Z^T
-        finite = scale.isfinite()
-        small = torch.linalg.svd(R)  # of [..., width, width]
-        U = torch.where(finite, (Q @ small.U)[..., :q], torch.nan)
-        S = small.S[..., :q] * scale.squeeze(-1)
-        V = torch.where(finite, (Z @ small.Vh.mT)[..., :q], torch.nan)
-        return U.to(A.dtype), S.to(A.dtype), V.to(A.dtype)
+        method = svd_method(A.shape, q, device=A.device, dtype=A.dtype)
+        if method == "svd":
+            triplets = _by_svd(X, q)
+        elif method == "qr":
+            triplets = _by_qr(X, q, niter, generator)
+        else:
+            triplets = _by_products(X, q, niter, generator)
+        U, S, V = (part.to(A.dtype) for part in triplets)
+        return U, S, V
 
 
-def _scaled_qr(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R, scale with Y = scale Q R and entries of Y / scale in [-1, 1], so that no norm overflows; where Y is not
-    finite, the scale is NaN and R is zero."""
-    peak = Y.abs().amax((-2, -1), keepdim=True) if Y.numel() else Y.new_zeros(*Y.shape[:-2], 1, 1)
-    finite = peak.isfinite()
-    scale = torch.where(peak > 0, peak, 1.0)
-    Q, R = torch.linalg.qr(torch.where(finite, Y / scale, 0.0))
-    return Q, R, torch.where(finite, scale, torch.nan)
+def _by_svd(X: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
+    finite = X.isfinite().all(-1).all(-1)[..., None, None]
+    U, S, Vh = torch.linalg.svd(torch.where(finite, X, 0.0), full_matrices=False)
+    return _cut(U, S, Vh.mT, q, finite)
+
+
+def _by_qr(X: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    Z, scale = _first_sketch(X, q, generator)
+    Z = torch.linalg.qr(Z).Q  # [..., n, w]
+    for _ in range(niter):
+        Q = torch.linalg.qr(X @ (Z * scale)).Q  # [..., m, w]
+        Z = torch.linalg.qr(X.mT @ (Q * scale)).Q
+    Q, R = torch.linalg.qr(X @ (Z * scale))  # scale X ~ Q R Z^T
+    finite = R.isfinite().all(-1).all(-1)[..., None, None]
+    small = torch.linalg.svd(torch.where(finite, R, 0.0))  # of [..., w, w]
+    return _cut(Q @ small.U[..., :q], small.S / scale[..., 0], Z @ small.Vh.mT[..., :q], q, finite)
+
+
+def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """CholeskyQR in place of QR, with float64 Gram matrices of float32 columns: these tell directions apart down to
+    where float32 rounds them off. Between two products the columns need not be orthonormal, only well-conditioned."""
+    Z, scale = _first_sketch(X, q, generator)
+    full = Z.shape[-1] == X.shape[-2]
+    for _ in range(0 if full else niter):
+        Q = X @ (Z @ (_whitening(Z) * scale).to(X.dtype))  # [..., m, w]
+        Z = X.mT @ (Q @ (_whitening(Q) * scale).to(X.dtype))  # [..., n, w]
+    Z = _orthonormal(_roughened(X.mT * scale if full else Z, generator))
+    Y = X @ (Z * scale).to(X.dtype)  # [..., m, w]
+    Q = _orthonormal(_roughened(Y, generator))
+
+    core = Q.mT @ Y.double()  # [..., w, w]; scale X ~ Q core Z^T
+    finite = core.isfinite().all(-1).all(-1)[..., None, None]
+    core = torch.where(finite, core, 0.0)
+    energies, P = torch.linalg.eigh(core.mT @ core)  # ascending
+    P = P.flip(-1)[..., :q]
+    S = energies.flip(-1)[..., :q].clamp(min=0).sqrt()
+    missing = (ROUNDING * S[..., :1] >= S)[..., None, :]  # no left vector is left of these
+    noise = torch.randn(P.shape[-2:], dtype=P.dtype, device=P.device, generator=generator)
+    L = _orthonormal(torch.where(missing, noise, core @ P / torch.where(missing, 1.0, S[..., None, :])))
+    return _cut(Q @ L, S / scale[..., 0], Z @ P, q, finite)
+
+
+def _cut(U: Tensor, S: Tensor, V: Tensor, q: int, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading q triplets, NaN where `finite` [..., 1, 1] is false."""
+    nan = torch.nan
+    return (
+        torch.where(finite, U[..., :q], nan),
+        torch.where(finite[..., 0], S[..., :q], nan),
+        torch.where(finite, V[..., :q], nan),
+    )
+
+
+def _first_sketch(X: Tensor, q: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """X^T Omega [..., n, w], and the power of two [..., 1, 1] that brings X's products near the square root of their
+    size, so that neither they nor squares of them leave the range of float32."""
+    m = X.shape[-2]
+    sketch = torch.randn(m, min(q + OVERSAMPLING, m), dtype=X.dtype, device=X.device, generator=generator)
+    Y = X.mT @ (HEADROOM * sketch)
+    exponent = torch.frexp(torch.linalg.vector_norm(Y, torch.inf, (-2, -1), keepdim=True)).exponent
+    return Y, torch.ldexp(torch.ones_like(Y[..., :1, :1]), -(exponent // 2))
+
+
+def _whitening(Y: Tensor) -> Tensor:
+    """The upper triangle T [..., w, w] in float64 for which the columns of Y T are orthonormal (Y [..., n, w]). The
+    columns that depend on those before them come out shorter, a zero column as zero."""
+    Y = Y.double()
+    G = Y.mT @ Y
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1, keepdim=True)
+    diagonal.add_(torch.where(trace > 0, SHIFT * trace, 1.0))
+    factor = torch.linalg.cholesky_ex(G).L.mT  # not finite where Y is not; no host waits for its `info`
+    return torch.linalg.solve_triangular(factor, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device), upper=True)
+
+
+def _orthonormal(Y: Tensor) -> Tensor:
+    """An orthonormal basis of Y [..., n, w] in float64 that keeps the flag of its columns: CholeskyQR, three times
+    because the first two may leave a column short."""
+    for _ in range(3):
+        Y = Y.double() @ _whitening(Y)
+    return Y
+
+
+def _roughened(Y: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Y plus noise as large as its rounding errors: no column depends exactly on others, nor is zero."""
+    noise = torch.randn(Y.shape[-2:], dtype=Y.dtype, device=Y.device, generator=generator)
+    norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # [..., 1, 1]
+    size = torch.where(norm > 0, norm * (ROUNDING / math.sqrt(noise.numel())), 1.0)
+    return torch.addcmul(Y, noise, size.to(Y.dtype))
 
 
 def tail_energy_rank(S: Tensor, tail_energy: float | Tensor, rule: Literal["nearest", "at_most"] = "nearest") -> Tensor:
