@@ -58,6 +58,11 @@ def _count_versions(name: str) -> None:
     _library.impl(name, count_and_go_on, "ADInplaceOrView", with_keyset=True)
 
 
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether a kernel of its own, other than the reference, serves the op for "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
+
+
 def _no_output(*_args: Any, **_kwargs: Any) -> None:
     return None
 
@@ -85,14 +90,14 @@ _define(
     _rank_project_fake,
 )
 _define(
-    "rank_filter(Tensor[] weights, Tensor tail_energy, float min_sparsity, Tensor windows, Tensor seed)"
-    " -> (Tensor loss, Tensor tail_energies, Tensor ranks, Tensor inv_norms, Tensor shares, Tensor projector,"
-    " Tensor next_windows, Tensor by_eigen)",
+    "rank_filter(Tensor[] weights, Tensor tail_energy, float min_sparsity, Tensor windows, Tensor seed, int rounds,"
+    " int[] by_eigen) -> (Tensor loss, Tensor tail_energies, Tensor ranks, Tensor inv_norms, Tensor shares,"
+    " Tensor projector, Tensor next_windows, Tensor lost)",
     filtered.rank_filter,
-    lambda weights, tail_energy, min_sparsity, windows, seed: (
+    lambda weights, tail_energy, min_sparsity, windows, seed, rounds, by_eigen: (
         *_rank_project_fake(weights, tail_energy, min_sparsity),
         torch.empty_like(windows),
-        windows.new_empty(len(weights), dtype=torch.int32),
+        windows.new_empty(len(weights), dtype=torch.bool),
     ),
 )
 _define(

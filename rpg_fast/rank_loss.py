@@ -9,25 +9,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rpg_fast import _ops as _ops  # registers the ops
+from rpg_fast import _ops, filtered
 from rpg_fast.grouping import Weights, memory_order, rank_weights, short_side
 
 Method = Literal["auto", "exact", "power"]
+NOT_FINITE, LEFT_OUT = 1, 2  # bits of RankState.flags
 Precision = Literal["fp32", "fast"]
 
 
 class RankState:
-    """What a rank loss keeps between calls on the same weights: the last spectra's ranks and projectors.
+    """What a rank loss keeps between calls on the same weights: where "power" looks for the boundary of each rank, and
+    the last spectra's ranks and projectors.
 
-    Pass one to every call of `rank_loss` or `add_rank_grad_` to read them afterwards, and for ``refresh_every > 1``.
+    Pass one to every call of `rank_loss` or `add_rank_grad_` to read them afterwards, for ``method="power"``, and for
+    ``refresh_every > 1``. The tensors below stay where they are from call to call, so that a captured CUDA graph goes
+    on with the state that it left.
 
-    Attributes (None before the first call; device tensors, reading one does not synchronise):
-        ranks: int64 [B], k of each weight, in the order of the weights; -1 where a weight holds NaN or inf.
-        tail_energies: float64 [B], the energy beyond k as a fraction of the whole.
-        flags: int32 [B]; bit 0: the weight holds NaN or inf; bit 1: "power" did not resolve it and took its
-            eigendecomposition instead.
-        windows: float64 [B, 2], where "power" looks for the boundary of the rank: centre and half-width, in units of
-            the spectrum of W W^T / ||W||_F^2.
+    Attributes (None before the first call; device tensors, reading one's values synchronises):
+        ranks: int64 [B], k of each weight, in the order of the weights; -1 where there is none (see flags).
+        tail_energies: float64 [B], the energy beyond k as a fraction of the whole; NaN where there is no rank.
+        flags: int32 [B]; 1: the weight holds NaN or inf; 2: "power" has not found the boundary of its rank, and the
+            weight was left out of this call: no loss, no gradient.
+        windows: float64 [B, 2], where "power" looks for that boundary: centre and half-width, in units of the spectrum
+            of W W^T / ||W||_F^2.
+        by_eigen: the weights that "power" leaves to eigendecompositions; see `settle`.
     """
 
     def __init__(self) -> None:
@@ -37,18 +42,42 @@ class RankState:
         self.tail_energies: Tensor | None = None
         self.flags: Tensor | None = None
         self.windows: Tensor | None = None
+        self.by_eigen: tuple[int, ...] = ()
         self._spectra: tuple[Tensor, ...] | None = None  # loss, projector, inv_norms, shares
         self._made_with: tuple[Any, ...] | None = None  # what those depend on beside the values of the weights
 
+    def settle(self) -> list[int]:
+        """Reads on the host which weights "power" left out of the last call (flag 2), and leaves them to
+        eigendecompositions from the next call on. Returns their indices.
+
+        Most find their boundary by themselves in the next call. Those that cannot have more singular values equal to
+        each other at that boundary than a window holds, as an orthogonal matrix has. On the CPU every call begins with
+        this; on a GPU, where it synchronises, call it as often as you read losses.
+        """
+        if self.flags is None:
+            return []
+        lost: list[int] = (self.flags & LEFT_OUT).nonzero().flatten().tolist()  # sync: what this is for
+        self.by_eigen = tuple(sorted({*self.by_eigen, *lost}))
+        return lost
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next call needs, as tensors and plain values."""
-        return dict(vars(self))
+        """Everything that the next call needs, as tensors of its own and plain values."""
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError for the state of something else."""
         if set(state) != set(vars(self)):
             raise ValueError(f"not the state of a RankState: got keys {sorted(state)}, wanted {sorted(vars(self))}")
-        vars(self).update(state)
+        vars(self).update({key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()})
+
+    def _keep(self, **tensors: Tensor) -> None:
+        """Attributes that are written in place wherever they already are what they should be."""
+        for name, tensor in tensors.items():
+            kept = getattr(self, name)
+            if kept is not None and kept.shape == tensor.shape and kept.device == tensor.device:
+                kept.copy_(tensor)
+            else:
+                setattr(self, name, tensor.clone())
 
     def _check(self, weights: Sequence[Tensor]) -> None:
         shapes = [tuple(w.shape) for w in weights]
@@ -83,9 +112,9 @@ def rank_loss(
         tail_energy: the paper's delta, in [0, 1]; a float, or a 0-d tensor, whose value is not checked. 0.1 or 0.2
             in the paper.
         method: "exact": Gram matrix and eigendecomposition. "power": filtered randomised power iteration, which
-            needs matrix products only and follows the spectrum from call to call through `state` (without one, and
-            at the first call, it is "exact"); to fp32 grade, the gradient within 3e-4. Both in float64 inside.
-            "auto": "exact".
+            needs matrix products only and follows the spectrum from call to call through `state` (without one every
+            call searches from scratch, and reads on the host whether it has found everything); to fp32 grade: loss
+            within 2e-5, gradient within 3e-4. "auto": see `choose_method`.
         precision: "fp32" or "fast"; makes no difference to the methods in float64.
         state: a `RankState`, filled with ranks and tail energies.
         refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the
@@ -200,26 +229,61 @@ def _spectra(
             return state._spectra
     target = _scalar("tail_energy", tail_energy, weights[0].device)
     matrices = [w.detach() for w in weights]
-    windows, flags = None, 0
-    if method == "power":
-        windows = None if state is None else state.windows
-        if windows is None:
-            windows = target.new_zeros(len(matrices), 2)
-        seed = torch.randint(2**62, (), generator=generator, device=target.device)
-        *results, windows, by_eigen = torch.ops.rpg_fast.rank_filter(
-            matrices, target, float(min_sparsity), windows, seed
-        )
-        flags = 2 * by_eigen
+    chosen, _ = choose_method(weights, method, state)
+    if chosen == "power":
+        spectra = _by_power(matrices, target, min_sparsity, state, generator)
     else:
-        results = torch.ops.rpg_fast.rank_project(matrices, target, float(min_sparsity))
-    loss, tails, ranks, inv_norms, shares, projector = results
-    spectra = (loss, projector, inv_norms, shares)
+        loss, tails, ranks, inv_norms, shares, projector = torch.ops.rpg_fast.rank_project(
+            matrices, target, float(min_sparsity)
+        )
+        spectra = (loss, projector, inv_norms, shares)
+        if state is not None:
+            state._keep(ranks=ranks, tail_energies=tails, flags=inv_norms.isnan().int() * NOT_FINITE)
     if state is not None:
-        state.ranks, state.tail_energies, state.flags = ranks, tails, (ranks < 0).int() + flags
-        state.windows, state._spectra, state._made_with = windows, spectra, made_with
+        state._spectra, state._made_with = spectra, made_with
         state.shapes = [tuple(w.shape) for w in weights]
         state.calls += 1
     return spectra
+
+
+def _by_power(
+    weights: list[Tensor],
+    target: Tensor,
+    min_sparsity: float,
+    state: RankState | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, ...]:
+    device = weights[0].device
+    kept = RankState() if state is None else state
+    if device.type == "cpu":
+        kept.settle()
+    cold = kept.windows is None or kept.windows.device != device
+    windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device) if cold else kept.windows
+    rounds = filtered.COLD_ROUNDS if cold else filtered.WARM_ROUNDS
+    seed = torch.randint(2**62, (), generator=generator, device=device)
+    loss, tails, ranks, inv_norms, shares, projector, windows, lost = torch.ops.rpg_fast.rank_filter(
+        weights, target, float(min_sparsity), windows, seed, rounds, kept.by_eigen
+    )
+    flags = inv_norms.isnan().int() * NOT_FINITE + lost.int() * LEFT_OUT
+    kept._keep(ranks=ranks, tail_energies=tails, flags=flags, windows=windows)
+    if state is None and kept.settle():
+        return _by_power(weights, target, min_sparsity, kept, generator)
+    return loss, projector, inv_norms, shares
+
+
+def choose_method(weights: Sequence[Tensor], method: Method = "auto", state: RankState | None = None) -> tuple[str, str]:
+    """The method that `rank_loss` takes for these weights, and why: ("power", "a GPU, and a state to follow")."""
+    if method != "auto":
+        return method, "as asked"
+    if weights[0].device.type != "cuda":
+        return "exact", "no GPU: LAPACK's eigendecompositions are faster than matrix products"
+    if any(w.dtype == torch.float64 for w in weights):
+        return "exact", "float64 weights: the kernels of power are of fp32 grade"
+    if state is None:
+        return "exact", "no RankState for power to keep its windows in"
+    if not _ops.has_kernel("rank_filter", "CUDA"):
+        return "exact", "no kernels of power: Triton or the compiled library is missing"
+    return "power", "a GPU, and a RankState to keep the windows in"
 
 
 def check_options(

@@ -48,7 +48,7 @@ def project_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Argume
 def filter_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
     weights = rank_weights(device, dtype)
     windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device)
-    yield [weights, double(0.1, device), 0.0, windows, torch.tensor(5, device=device)]
+    yield [weights, double(0.1, device), 0.0, windows, torch.tensor(5, device=device), 8, []]
 
 
 def spectra(weights: list[Tensor]) -> list[Tensor]:
