@@ -52,6 +52,8 @@ def square_with_moments(G: Tensor, plan: TilePlan, *, out: Tensor, moments: Tens
     check_storage("G", G, plan, torch.float16)
     check_storage("out", out, plan, torch.float16)
     _check_sums("moments", moments, plan)
+    if out.data_ptr() == G.data_ptr() and plan.numel:
+        raise ValueError("out shares memory with G, which other tiles still read: give another buffer")
     if plan.numel:
         _square_kernel[(len(plan.tiles),)](
             G, out, moments, plan.tiles, plan.numel, BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block)
@@ -88,7 +90,7 @@ def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tenso
         stages: int32 [B], at most S.
         ring: fp16 [3, 2, numel].
     """
-    S = coefficients.shape[1]
+    S = coefficients.numel() // (3 * max(1, len(plan.sizes)))
     check_tensor("coefficients", coefficients, (len(plan.sizes), S, 3), torch.float32, plan.tiles.device)
     check_round(ring, stages, plan)
     Y, A, B = ring.unbind()  # [2, numel] each

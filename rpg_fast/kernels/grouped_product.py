@@ -142,7 +142,7 @@ def matrix_scales(values: Tensor, plan: TilePlan) -> Tensor:
 def split_pairs(values: Tensor, scales: Tensor, plan: TilePlan) -> Tensor:
     """fp16 pairs [2, numel] of the scaled matrices: ``scale * A = hi + lo / 2048``."""
     check_storage("values", values, plan, torch.float32)
-    lengths = torch.tensor([p * p for p in plan.padded], device=values.device)
+    lengths = torch.tensor([p * p for p in plan.padded], dtype=torch.int64, device=values.device)
     scaled = values * scales.repeat_interleave(lengths, output_size=plan.numel)
     hi = scaled.half()
     return torch.stack([hi, ((scaled - hi.float()) * LO_SCALE.value).half()])

@@ -1,0 +1,421 @@
+"""The kernels of a round of the filter against float64, on the GPU where there is one, in the interpreter elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from aot import CompiledKernel, KernelSpec, compile_kernels
+from kernel_cases import DEVICE, FP32_GRADE, Storage, gp, matrices, relative_error, symmetric
+from torch import Tensor
+
+from rpg_fast import filtered
+from rpg_fast.kernels import filter as steps
+from rpg_fast.kernels import thin
+
+SIZES = (96, 128, 147, 200, 65)
+STAGES = (1, 4, 0, 3, 2)  # the third matrix takes no part
+IDLE = 2
+WIDTH = 32
+PAIRS = Storage(True)
+
+
+def stored(values: list[Tensor], plan: gp.TilePlan) -> tuple[Tensor, list[Tensor]]:
+    """Pairs [2, numel], and what they hold in float64."""
+    pairs = PAIRS.store(values, plan)
+    return pairs, exact(pairs, plan)
+
+
+def exact(pairs: Tensor, plan: gp.TilePlan) -> list[Tensor]:
+    joined = pairs[0].double() + pairs[1].double() / 2048
+    return [view.cpu() for view in gp.unpack(joined, plan)]
+
+
+def gram_matrices(sizes: Sequence[int]) -> list[Tensor]:
+    """Positive, of norm 1, spectrum falling like a power law."""
+    grams = []
+    for seed, m in enumerate(sizes):
+        U = torch.linalg.qr(symmetric(m, seed))[0]
+        grams.append((U * torch.arange(1, m + 1).double() ** -1.0) @ U.T)
+    return grams
+
+
+def padding_is_zero(pairs: Tensor, plan: gp.TilePlan, members: Sequence[int]) -> bool:
+    for b in members:
+        start, p, m = plan.starts[b], plan.padded[b], plan.sizes[b]
+        padded = pairs[:, start : start + p * p].view(2, p, p)
+        if padded[:, m:].any() or padded[:, :, m:].any():
+            return False
+    return True
+
+
+def untouched(pairs: Tensor, plan: gp.TilePlan, b: int) -> bool:
+    """Still NaN everywhere."""
+    return bool(pairs[..., plan.starts[b] : plan.starts[b] + plan.padded[b] ** 2].isnan().all())
+
+
+@dataclass
+class Round:
+    """The inputs of the kernels; every buffer that a kernel writes is full of NaN."""
+
+    plan: gp.TilePlan
+    stages: Tensor  # int32 [B]
+    ring: Tensor  # fp16 [3, 2, numel]
+
+    @property
+    def active(self) -> list[int]:
+        return [b for b, n in enumerate(self.stages.tolist()) if n]
+
+    def sums(self) -> Tensor:
+        return torch.full((len(self.plan.tiles), 3), torch.nan, device=DEVICE)
+
+    def thin(self, *leading: int) -> Tensor:
+        return torch.full((*leading, self.plan.rows, WIDTH), torch.nan, device=DEVICE)
+
+    def put(self, values: list[Tensor], parts: Sequence[int]) -> list[Tensor]:
+        """Stores matrix b in part `parts[b]` of the ring, NaN in the others; what the pairs hold, in float64."""
+        pairs, held = stored(values, self.plan)
+        for part, start, p in zip(parts, self.plan.starts, self.plan.padded, strict=True):
+            self.ring[part, :, start : start + p * p] = pairs[:, start : start + p * p]
+        return held
+
+    def rows_of(self, thin_matrix: Tensor, b: int) -> Tensor:
+        """[..., m, w] of matrix b, in float64."""
+        first = int(self.plan.row_starts[b])
+        return thin_matrix[..., first : first + self.plan.sizes[b], :].double().cpu()
+
+    def padding_of(self, thin_matrix: Tensor, b: int) -> Tensor:
+        first = int(self.plan.row_starts[b])
+        return thin_matrix[..., first + self.plan.sizes[b] : first + self.plan.padded[b], :]
+
+    def total(self, sums: Tensor, b: int) -> Tensor:
+        first, end = self.plan.tile_starts[b].tolist()
+        return sums[first:end].double().sum(0).cpu()
+
+
+def new_round(sizes: Sequence[int] = SIZES, stages: Sequence[int] = STAGES) -> Round:
+    plan = gp.plan_tiles(sizes, device=DEVICE)
+    ring = torch.full((3, 2, plan.numel), torch.nan, dtype=torch.float16, device=DEVICE)
+    return Round(plan, torch.tensor(stages, dtype=torch.int32, device=DEVICE), ring)
+
+
+def random_thin(plan: gp.TilePlan, seed: int) -> Tensor:
+    """Float32 [rows, w] in [-1, 1], NaN in the padding."""
+    values = torch.rand(plan.rows, WIDTH, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    for first, m, p in zip(plan.row_starts.tolist(), plan.sizes, plan.padded, strict=True):
+        values[first + m : first + p] = torch.nan
+    return values.to(DEVICE)
+
+
+def test_square_with_moments() -> None:
+    r = new_round()
+    G, held = stored(gram_matrices(SIZES), r.plan)
+    out, moments = torch.full_like(G, torch.nan), r.sums()
+    steps.square_with_moments(G, r.plan, out=out, moments=moments)
+    assert padding_is_zero(out, r.plan, range(len(SIZES)))
+    for b, (value, got) in enumerate(zip(held, exact(out, r.plan), strict=True)):
+        square = value @ value
+        assert relative_error(got, square) < FP32_GRADE
+        assert torch.equal(got, got.T)
+        want = torch.stack([(value * value).sum(), (value * square).sum(), (square * square).sum()])
+        torch.testing.assert_close(r.total(moments, b), want, rtol=1e-6, atol=0)
+
+
+def test_shift() -> None:
+    r = new_round()
+    G, held = stored(gram_matrices(SIZES), r.plan)
+    G2, squares = stored([value @ value for value in held], r.plan)
+    aims = torch.stack([torch.linspace(0.05, 0.4, len(SIZES)), torch.linspace(1.0, 3.0, len(SIZES))], 1).to(DEVICE)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
+    for b in r.active:
+        tau, inverse = aims[b].double().tolist()
+        eye = torch.eye(SIZES[b], dtype=torch.float64)
+        Y, A = exact(r.ring[0], r.plan)[b], exact(r.ring[1], r.plan)[b]
+        assert (Y - (held[b] - tau * eye) * inverse).abs().max() < 5e-7
+        assert (A - (squares[b] - 2 * tau * held[b] + tau**2 * eye) * inverse**2).abs().max() < 2e-6
+        assert torch.equal(Y, Y.T)
+        assert torch.equal(A, A.T)
+    assert padding_is_zero(r.ring[0], r.plan, r.active)
+    assert padding_is_zero(r.ring[1], r.plan, r.active)
+    assert untouched(r.ring, r.plan, IDLE)
+    assert r.ring[2].isnan().all()
+
+
+def compare_with_soft_step(sizes: Sequence[int], halves: Sequence[float]) -> None:
+    """shift and all stages, as many as each matrix needs, against `filtered.soft_step` in float64; a negative
+    half-width: the matrix takes no part."""
+    r = new_round(sizes, [0] * len(sizes))
+    G, held = stored(gram_matrices(sizes), r.plan)
+    G2 = gp.grouped_product(G, G, r.plan)
+    grid, table = filtered.step_table(torch.device("cpu"))
+    aims, coefficients, wanted = torch.zeros(len(sizes), 2), torch.zeros(len(sizes), filtered.STAGES, 3), []
+    for b, (value, half) in enumerate(zip(held, halves, strict=True)):
+        spectrum = filtered.Spectrum.of(value[None])
+        tau = torch.linalg.eigvalsh(value)[-5:-4] * 0.9  # [1]
+        bound = filtered.bound_on_shifted(spectrum.moments, sizes[b], tau)
+        wanted.append(filtered.soft_step(spectrum, filtered.Window(tau, torch.tensor([half]).double()))[0][0])
+        row = int(torch.searchsorted(grid, half / bound, right=True)) - 1
+        aims[b] = torch.cat([tau, 1 / bound])
+        coefficients[b] = table[max(row, 0)]
+        r.stages[b] = int((table[row] != torch.tensor([1.0, 0, 0])).any(-1).sum()) if half > 0 else 0
+    steps.shift(G, G2, aims.to(DEVICE), r.stages, r.plan, ring=r.ring)
+    steps.compose(coefficients.to(DEVICE), r.stages, r.plan, ring=r.ring)
+    counts = r.stages.tolist()
+    assert len(set(counts)) >= 3, f"the same number of stages everywhere: {counts}"
+    for b, n in enumerate(counts):
+        if not n:
+            assert untouched(r.ring, r.plan, b)
+            continue
+        Y = exact(r.ring[n % 2], r.plan)[b]
+        error = relative_error(Y, wanted[b])
+        print(f"m = {sizes[b]}, {n} stages: relative error {error:.1e}")
+        assert error < 5e-6
+        assert torch.equal(Y, Y.T)
+        assert padding_is_zero(r.ring[n % 2], r.plan, [b])
+
+
+def test_all_stages_are_the_soft_step() -> None:
+    compare_with_soft_step((96, 128, 147, 65), (0.02, 3e-4, -1.0, 5e-3))
+
+
+@pytest.mark.full
+def test_all_stages_are_the_soft_step_for_large_matrices() -> None:
+    compare_with_soft_step((512, 300, 256, 1024), (1e-3, 2e-4, 0.02, 5e-4))
+
+
+def test_inside() -> None:
+    r = new_round()
+    G, held = stored(gram_matrices(SIZES), r.plan)
+    Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
+    idle = r.ring[..., r.plan.starts[IDLE] : r.plan.starts[IDLE] + r.plan.padded[IDLE] ** 2].clone()
+    traces = r.sums()
+    steps.inside(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    for b in r.active:
+        C = (torch.eye(SIZES[b]) - Ys[b] @ Ys[b]) / 4
+        got = exact(r.ring[2], r.plan)[b]
+        assert relative_error(got, C) < FP32_GRADE
+        assert torch.equal(got, got.T)
+        trace, overlap, square = r.total(traces, b).tolist()
+        assert trace == pytest.approx(float(Ys[b].trace()), rel=1e-6, abs=1e-6)
+        assert overlap == pytest.approx(float((Ys[b] * held[b]).sum()), rel=1e-6, abs=1e-6)
+        assert square == pytest.approx(float((C * C).sum()), rel=1e-6)
+    assert padding_is_zero(r.ring[2], r.plan, r.active)
+    after = r.ring[..., r.plan.starts[IDLE] : r.plan.starts[IDLE] + r.plan.padded[IDLE] ** 2]
+    assert torch.equal(after.view(torch.int16), idle.view(torch.int16))
+    first, end = r.plan.tile_starts[IDLE].tolist()
+    assert traces[first:end].isnan().all()
+
+
+def gaussians(sizes: Sequence[int], seed: int, draw: int = 0) -> list[Tensor]:
+    """Omega of each matrix, as the product with the identity."""
+    r = new_round(sizes, [1] * len(sizes))
+    r.put([torch.eye(m, dtype=torch.float64) for m in sizes], [2] * len(sizes))
+    out = r.thin()
+    thin.sketch(torch.tensor(seed, device=DEVICE), draw, r.stages, r.plan, ring=r.ring, out=out)
+    return [r.rows_of(out, b) for b in range(len(sizes))]
+
+
+def test_sketch_is_a_product_with_gaussian_numbers() -> None:
+    r = new_round()
+    held = r.put(matrices(SIZES), [2] * len(SIZES))
+    out = r.thin()
+    thin.sketch(torch.tensor(2**40 + 5, device=DEVICE), 3, r.stages, r.plan, ring=r.ring, out=out)
+    omegas = gaussians(SIZES, 2**40 + 5, 3)
+    for b in r.active:
+        assert relative_error(r.rows_of(out, b), held[b] @ omegas[b]) < FP32_GRADE
+        assert not r.padding_of(out, b).any()
+    assert r.rows_of(out, IDLE).isnan().all()
+    assert r.padding_of(out, IDLE).isnan().all()
+    values = torch.cat(omegas).flatten()  # 20,352 of them
+    assert values.unique().numel() > 0.99 * values.numel(), "numbers drawn twice"
+    assert abs(float(values.mean())) < 0.03
+    assert float(values.var()) == pytest.approx(1, abs=0.04)
+    assert float((values**4).mean()) == pytest.approx(3, abs=0.3)
+    correlations = torch.corrcoef(torch.cat(omegas).T) - torch.eye(WIDTH)  # 636 samples
+    assert correlations.abs().max() < 0.2
+
+
+def test_gaussian_numbers_depend_on_seed_draw_matrix_row_and_column_alone() -> None:
+    small, large = gaussians((65, 96), 7), gaussians((70, 40), 7)
+    assert torch.equal(small[0], large[0][:65])
+    assert torch.equal(small[1][:40], large[1])
+    assert not torch.equal(small[0][:40], small[1][:40])
+    for other in (gaussians((65, 96), 8), gaussians((65, 96), 7, 1), gaussians((65, 96), 7 + 2**32)):
+        assert (other[0] == small[0]).double().mean() < 0.01
+
+
+def test_image() -> None:
+    r = new_round()
+    held = r.put(matrices(SIZES), [2] * len(SIZES))
+    Q, out = random_thin(r.plan, 1), r.thin()
+    thin.image(Q, r.stages, r.plan, ring=r.ring, out=out)
+    for b in r.active:
+        assert relative_error(r.rows_of(out, b), held[b] @ r.rows_of(Q, b)) < FP32_GRADE
+        assert not r.padding_of(out, b).any()
+    assert r.rows_of(out, IDLE).isnan().all()
+
+
+def test_images() -> None:
+    r = new_round()
+    G, held = stored(gram_matrices(SIZES), r.plan)
+    Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
+    Q, out = random_thin(r.plan, 1), r.thin(2)
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=out)
+    for b in r.active:
+        assert relative_error(r.rows_of(out[0], b), held[b] @ r.rows_of(Q, b)) < FP32_GRADE
+        assert relative_error(r.rows_of(out[1], b), Ys[b] @ r.rows_of(Q, b)) < FP32_GRADE
+        assert not r.padding_of(out, b).any()
+    assert r.rows_of(out, IDLE).isnan().all()
+
+
+def test_finish() -> None:
+    """Without padding, at any offset, and nothing between the matrices is touched."""
+    r = new_round()
+    Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
+    Z, Q = random_thin(r.plan, 1), random_thin(r.plan, 2)
+    tails, fills = (0.1, 0.2, 0.9, 0.3, 0.4), (0, 0, 0, 1, 2)
+    ends = torch.tensor([[1 - e, fill] for e, fill in zip(tails, fills, strict=True)], device=DEVICE)
+    offsets = [3]
+    for m in SIZES:
+        offsets.append(offsets[-1] + m * m + 7)
+    table = torch.tensor(offsets[:-1], device=DEVICE)
+    out = torch.full((offsets[-1],), 5.0, device=DEVICE)
+    thin.finish(Z, Q, ends, r.stages, table, r.plan, ring=r.ring, out=out)
+    for b, (m, e, fill) in enumerate(zip(SIZES, tails, fills, strict=True)):
+        got = out[offsets[b] : offsets[b] + m * m].view(m, m).cpu().double()
+        eye = torch.eye(m, dtype=torch.float64)
+        update = r.rows_of(Z, b) @ r.rows_of(Q, b).T
+        if fill == 0:
+            P = (eye + Ys[b]) / 2 - update - update.T
+            assert relative_error(got, 2 * P - 2 * (1 - e) * eye) < FP32_GRADE
+            assert torch.equal(got, got.T)
+        else:
+            assert not got.any() if fill == 1 else got.isnan().all()
+        out[offsets[b] : offsets[b] + m * m] = 5.0
+    assert (out == 5).all(), "elements between the matrices were written"
+
+
+def one_round(grams: list[Tensor]) -> tuple[Round, list[Tensor]]:
+    """All kernels one after another with two stages; everything that they write."""
+    r = new_round([len(G) for G in grams], [2] * len(grams))
+    batch = len(grams)
+    G, _ = stored(grams, r.plan)
+    G2, moments, traces, Z, Q, both = torch.full_like(G, torch.nan), r.sums(), r.sums(), r.thin(), r.thin(), r.thin(2)
+    out = torch.full((sum(m * m for m in r.plan.sizes),), torch.nan, device=DEVICE)
+    offsets = torch.tensor([0, *torch.tensor(r.plan.sizes).square().cumsum(0).tolist()[:-1]], device=DEVICE)
+    aims = torch.tensor([[0.2, 1.0]] * batch, device=DEVICE)
+    coefficients = torch.tensor([[[1.5, -0.6, 0.1]] * 2] * batch, device=DEVICE)
+    ends = torch.tensor([[0.9, 0.0]] * batch, device=DEVICE)
+    steps.square_with_moments(G, r.plan, out=G2, moments=moments)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
+    steps.inside(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    thin.sketch(torch.tensor(1, device=DEVICE), 0, r.stages, r.plan, ring=r.ring, out=Z)
+    thin.image(Z, r.stages, r.plan, ring=r.ring, out=Q)
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=both)
+    thin.finish(Z, Q, ends, r.stages, offsets, r.plan, ring=r.ring, out=out)
+    results = []
+    for b, (start, p, m) in enumerate(zip(r.plan.starts, r.plan.padded, r.plan.sizes, strict=True)):
+        span, rows = slice(start, start + p * p), slice(int(r.plan.row_starts[b]), int(r.plan.row_starts[b]) + p)
+        first, end = r.plan.tile_starts[b].tolist()
+        N = out[int(offsets[b]) : int(offsets[b]) + m * m]
+        thins = [Z[rows], Q[rows], both[:, rows]]
+        everything = [G2[:, span], r.ring[..., span], moments[first:end], traces[first:end], *thins, N]
+        results.append(torch.cat([part.flatten().cpu().double() for part in everything]))
+    return r, results
+
+
+def test_same_bits_each_time_and_not_a_number_stays_in_its_matrix() -> None:
+    sizes = (65, 96, 130)
+    _, want = one_round(gram_matrices(sizes))
+    assert all(values.isfinite().all() for values in want), "something was not written"
+    dirty = gram_matrices(sizes)
+    dirty[1][70, 5] = dirty[1][5, 70] = torch.nan
+    _, got = one_round(dirty)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[2], want[2])
+    assert got[1][-(96**2) :].isnan().any()
+
+
+def test_no_matrices() -> None:
+    assert one_round([])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, G: steps.square_with_moments(G, r.plan, out=G.float(), moments=r.sums()), "out must be contiguous"),
+        (lambda r, G: steps.square_with_moments(G, r.plan, out=G, moments=r.sums()), "out shares memory with G"),
+        (lambda r, G: steps.square_with_moments(G, r.plan, out=G.clone(), moments=r.sums()[:1]), r"moments .*\(4, 3\)"),
+        (lambda r, G: steps.shift(G, G, r.stages, r.stages, r.plan, ring=r.ring), r"aims must be contiguous \(2, 2\)"),
+        (lambda r, G: steps.compose(torch.ones(2, 10), r.stages, r.plan, ring=r.ring), r"coefficients .*\(2, 10\)"),
+        (lambda r, G: steps.inside(G, r.stages.long(), r.plan, ring=r.ring, traces=r.sums()), "stages .*int64"),
+        (lambda r, G: steps.inside(G, r.stages, r.plan, ring=r.ring[:2], traces=r.sums()), "ring must be contiguous"),
+        (lambda r, G: thin.sketch(r.stages[0], 0, r.stages, r.plan, ring=r.ring, out=r.thin()), "seed .*int64"),
+        (
+            lambda r, G: thin.sketch(r.stages[0].long(), 128, r.stages, r.plan, ring=r.ring, out=r.thin()),
+            r"draw must be in 0\.\.127, got 128",
+        ),
+        (lambda r, G: thin.image(r.thin()[:, :24], r.stages, r.plan, ring=r.ring, out=r.thin()), "columns, got 24"),
+        (lambda r, G: thin.images(G, r.thin(), r.stages, r.plan, ring=r.ring, out=r.thin()), r"out .*\(2, 192, 32\)"),
+    ],
+)
+def test_bad_input_is_named(call, message: str) -> None:
+    r = new_round((64, 65), (1, 1))
+    with pytest.raises(ValueError, match=message):
+        call(r, PAIRS.store(matrices((64, 65)), r.plan))
+
+
+def specs(arch: int, width: int) -> list[KernelSpec]:
+    """All kernels with all their combinations of arguments."""
+    pairs, fp32, int32 = "*fp16", "*fp32", "*i32"
+    per_matrix = {"stages_ptr": int32, "orders_ptr": int32}
+    square = {"tiles_ptr": int32, "numel": "i32"}
+    product, alone = {"BLOCK": 64, "BLOCK_K": steps.BLOCK_K}, {"BLOCK": 64}
+    strip = {"matrices_ptr": pairs, "out_ptr": fp32, "row_blocks_ptr": int32, "numel": "i32", "rows_total": "i32"}
+    wide = {"BLOCK": 64, "W": width}
+
+    def spec(kernel: str, aligned: dict[str, str], constants: dict[str, object], **anywhere: str) -> KernelSpec:
+        name = f"rpg_fast.kernels.{kernel}"
+        return KernelSpec(name, arch, aligned | anywhere, constants, tuple(aligned))
+
+    moments = {"G_ptr": pairs, "out_ptr": pairs, "moments_ptr": fp32} | square
+    shift = {"G_ptr": pairs, "G2_ptr": pairs, "aims_ptr": fp32, "ring_ptr": pairs} | per_matrix | square
+    inside = {"G_ptr": pairs, "ring_ptr": pairs, "traces_ptr": fp32} | per_matrix | square
+    strip |= per_matrix
+    ends = {"ends_ptr": fp32, "offsets_ptr": "*i64", "row_starts_ptr": int32}
+    finish = {"Z_ptr": fp32, "Q_ptr": fp32, "ring_ptr": pairs, "out_ptr": fp32} | ends | per_matrix | square
+    return [
+        spec("filter:_square_kernel", moments, product),
+        spec("filter:_shift_kernel", shift, alone),
+        spec("filter:_inside_kernel", inside, product),
+        spec("thin:_thin_kernel", strip | {"seed_ptr": "*i64"}, wide | {"ring_ptr": None, "Q_ptr": None}, draw="i32"),
+        spec("thin:_thin_kernel", strip | {"Q_ptr": fp32}, wide | {"ring_ptr": None, "seed_ptr": None}, draw="i32"),
+        spec("thin:_thin_kernel", strip | {"Q_ptr": fp32, "ring_ptr": pairs}, wide | {"seed_ptr": None}, draw="i32"),
+        spec("thin:_finish_kernel", finish, wide),
+    ]
+
+
+SPECS = [spec for arch in (80, 90, 100) for spec in specs(arch, 32)]
+SPECS += [spec for spec in specs(90, 64) if "W" in spec.constants]
+SINE_STACK = 32  # bytes, for the reduction of large arguments, which 2 pi u never is
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[CompiledKernel]:
+    return compile_kernels(SPECS)
+
+
+def test_ahead_of_time_without_spills_on_tensor_cores(compiled: list[CompiledKernel]) -> None:
+    for kernel in compiled:
+        print(kernel)
+        spec = kernel.spec
+        draws = spec.signature.get("seed_ptr") is not None
+        if spec.arch == 90:
+            assert kernel.stack <= SINE_STACK * draws, f"spills: {kernel}"
+            assert kernel.local == 0, f"spills: {kernel}"
+        if "shift" not in spec.kernel:
+            assert kernel.instructions, f"no tensor-core instruction: {kernel}"
+            assert spec.arch != 90 or kernel.instructions.get("HGMMA"), f"no wgmma: {kernel}"
