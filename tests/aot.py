@@ -37,13 +37,15 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one spec compiled to; sizes in bytes, ``shared`` includes the dynamic part."""
+    """What one spec compiled to; sizes in bytes, ``shared`` includes the dynamic part; ``wide_loads``: instructions
+    that load 16 bytes a thread from global memory."""
 
     spec: KernelSpec
     registers: int
     stack: int
     local: int
     shared: int
+    wide_loads: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -103,6 +105,7 @@ def _compile(spec: dict[str, Any]) -> dict[str, Any]:
         "stack": stack,
         "local": local,
         "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", sass)),
         "instructions": {name: count for name, count in instructions.items() if count},
     }
 
