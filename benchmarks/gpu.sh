@@ -6,16 +6,24 @@
 #   probe     benchmarks/probe.py, five minutes at most; builds the library first if it does not load (the default)
 #   build     the compiled library, in place; a failed build is an error
 #   test      all tests
-#   sanitize  compute-sanitizer's memcheck and racecheck over every CUDA kernel of the library
-#   bench     the benchmarks
-#   all       these five, in this order
+#   graph     steps that must not wait for the device, and 1000 replays of captured steps against eager ones
+#   sanitize  compute-sanitizer's memcheck and racecheck over the device templates, in a program without torch
+#   rank      the benchmark of the rank loss: every driver, compiled peers, exact and power
+#   error     its error against time
+#   growth    its growth with size and batch
+#   svd       the benchmark of svd_lowrank
+#   step      the benchmarks of the masked optimizers and of the topology update
+#   bench     the last five
+#   all       all of these, in this order
 #
 # Every stage ends within eight minutes and leaves its log, whatever became of the others. Files go to $OUT, by default
-# benchmarks/results/<device>: summary.json, probe.json, bench.json and a log for each stage. Exits 0 if all stages passed.
+# benchmarks/results/<device>: summary.json, probe.json, a JSON file for each benchmark and a log for each stage. Exits 0
+# if all stages passed. `python benchmarks/report.py benchmarks/results/<device>` makes tables and plots of them.
 set -uo pipefail
 
 readonly STAGE_SECONDS=470 LOG_BYTES=4000000
-export LOAD_SECONDS=40 BUILD_SECONDS=130 SANITIZER_SECONDS=220 TEST_SECONDS=120
+readonly BENCHMARKS=(rank error growth svd step)
+export LOAD_SECONDS=40 BUILD_SECONDS=130 SANITIZER_SECONDS=160 TEST_SECONDS=120
 
 die() {
   echo "gpu.sh: $*" >&2
@@ -31,9 +39,11 @@ while (($#)); do
       if [[ $1 == --commit ]]; then commit=$2; else python=$2; fi
       shift
       ;;
-    probe | build | test | sanitize | bench) stages+=("$1") ;;
-    all) stages+=(probe build test sanitize bench) ;;
-    *) die "unknown argument '$1': want --commit HASH, --python PYTHON or stages of probe build test sanitize bench all" ;;
+    probe | build | test | graph | sanitize | rank | error | growth | svd | step) stages+=("$1") ;;
+    bench) stages+=("${BENCHMARKS[@]}") ;;
+    all) stages+=(probe build test graph sanitize "${BENCHMARKS[@]}") ;;
+    *) die "unknown argument '$1': want --commit HASH, --python PYTHON or stages of probe build test graph sanitize" \
+      "${BENCHMARKS[*]} bench all" ;;
   esac
   shift
 done
@@ -48,7 +58,8 @@ driver=$(gpu driver_version)
 out=${OUT:-benchmarks/results/$(tr -cs '[:alnum:]\n' - <<<"${device,,}")}
 mkdir -p "$out" || die "cannot create $out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+arch=sm_$(gpu compute_cap | tr -d .)
+export arch PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 # ---- what each stage runs; time limit and log are the caller's -------------------------------------------------------
 
@@ -81,29 +92,43 @@ stage_test() {
   "$python" -m pytest tests "${limit[@]}" --durations=20 -p no:cacheprovider
 }
 
+stage_graph() { "$python" -m pytest tests/test_gpu_step.py -m gpu -v --durations=0 -p no:cacheprovider; }
+
 stage_sanitize() {
-  local status=0 tool
-  # Without torch's caching allocator every tensor is an allocation of its own, whose end is guarded.
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local folder status=0 tool
+  folder=$(mktemp -d)
+  timeout -k 5 "$BUILD_SECONDS" \
+    nvcc -std=c++20 -arch="$arch" -lineinfo -I csrc benchmarks/sanitize.cu -o "$folder/sanitize" || return
+  "$folder/sanitize" || status=$?
   for tool in memcheck racecheck; do
     echo "compute-sanitizer --tool $tool"
     timeout -k 5 "$SANITIZER_SECONDS" \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/sanitize.py || status=$?
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/sanitize" || status=$?
   done
+  rm -r "$folder"
   return "$status"
 }
 
-stage_bench() {
-  local status=0
-  rm -f "$out/bench.json"
-  "$python" -m pytest benchmarks --benchmark-only --benchmark-json="$out/bench.json" -p no:cacheprovider || status=$?
-  if [[ -s $out/bench.json ]]; then
-    "$python" benchmarks/environment.py --commit "$commit" --add-to "$out/bench.json" || status=$?
+benchmark() { # name of the JSON file, files of benchmarks
+  local json=$out/$1.json status=0
+  shift
+  rm -f "$json"
+  "$python" -m pytest "$@" --benchmark-only --benchmark-json="$json" -p no:cacheprovider || status=$?
+  if [[ -s $json ]]; then
+    "$python" benchmarks/environment.py --commit "$commit" --add-to "$json" || status=$?
   fi
   return "$status"
 }
 
-export -f build library_loads stage_probe stage_build stage_test stage_sanitize stage_bench
+stage_rank() { benchmark rank benchmarks/test_rank_loss.py; }
+stage_error() { benchmark error benchmarks/test_rank_error.py; }
+stage_growth() { benchmark growth benchmarks/test_growth.py; }
+stage_svd() { benchmark svd benchmarks/test_svd_lowrank.py; }
+stage_step() { benchmark step benchmarks/test_masked_step.py benchmarks/test_topology.py; }
+
+export -f build library_loads benchmark
+export -f stage_probe stage_build stage_test stage_graph stage_sanitize
+export -f stage_rank stage_error stage_growth stage_svd stage_step
 
 # ---- running them ----------------------------------------------------------------------------------------------------
 

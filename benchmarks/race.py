@@ -21,7 +21,7 @@ SLOW_S = 20.0  # what takes longer runs once
 LAP_S = 0.02  # shorter calls are repeated within a lap
 RACE_S = 30.0  # a race stops after the round that passes this, not before MIN_ROUNDS nor after MAX_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-LONG = 0.1  # what takes this part of a race's seconds runs MIN_ROUNDS times
+SHARE = 1 / 3  # of a race's seconds, after which a contestant rests, but not before it has run once more
 GRAPH = ", CUDA graph"
 
 
@@ -251,10 +251,8 @@ def _end_peak(before: int) -> int:
 def take_turns(
     contestants: Sequence[Contestant], expected: dict[str, float], seconds: float = RACE_S
 ) -> dict[str, list[float]]:
-    """Seconds of every round, each round in another order; `expected` tells how often a lap repeats a short call, and
-    who takes too long for more than MIN_ROUNDS."""
+    """Seconds of every round, each round in another order; `expected` tells how often a lap repeats a short call."""
     repeats = {c.name: 1 if c.fresh else math.ceil(LAP_S / (expected[c.name] * c.calls)) for c in contestants}
-    long = {c.name for c in contestants if expected[c.name] * c.calls > LONG * seconds}
     laps: dict[str, list[float]] = {c.name: [] for c in contestants}
     gc.collect()
     gc.disable()
@@ -265,9 +263,9 @@ def take_turns(
                 break
             first = turn % max(1, len(contestants))
             for contestant in [*contestants[first:], *contestants[:first]]:
-                if turn >= MIN_ROUNDS and contestant.name in long:
-                    continue
-                laps[contestant.name].append(lap(contestant, repeats[contestant.name])[0])
+                name, calls = contestant.name, repeats[contestant.name] * contestant.calls
+                if calls * sum(laps[name]) <= SHARE * seconds:
+                    laps[name].append(lap(contestant, repeats[name])[0])
     finally:
         gc.enable()
     return laps

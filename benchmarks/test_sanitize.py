@@ -1,0 +1,32 @@
+"""The program for compute-sanitizer: it holds every device template and compiles."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "benchmarks" / "sanitize.cu"
+
+
+def included(source: Path) -> set[str]:
+    """The headers of csrc that a file includes."""
+    return {Path(name).name for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)}
+
+
+def test_every_device_template_is_in_the_program() -> None:
+    host_only = {"common.h"}
+    of_kernels = set().union(*(included(source) for source in (ROOT / "csrc" / "cuda").glob("*.cu"))) - host_only
+    assert of_kernels <= included(PROGRAM), "templates of CUDA kernels that compute-sanitizer would not see"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_program_compiles(tmp_path: Path) -> None:
+    options = ["-std=c++20", "-arch=sm_90", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "program")]
+    command = ["nvcc", *options, str(PROGRAM)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
