@@ -237,11 +237,12 @@ def _time_tiling(
     report: Report, title: str, pairs: bool, block: int, options: Row, matrices: list[Tensor], squares: list[Tensor]
 ) -> None:
     from rpg_fast.kernels import grouped_product as gp
+    from rpg_fast.kernels import tiles
 
-    plan = gp.plan_tiles([len(a) for a in matrices], block=block, device=DEVICE)
+    plan = tiles.plan_tiles([len(a) for a in matrices], block=block, device=DEVICE)
     ones = torch.ones(len(matrices), device=DEVICE)
-    flat = gp.pack(matrices, plan)
-    stored = gp.split_pairs(flat, ones, plan) if pairs else flat
+    flat = tiles.pack(matrices, plan)
+    stored = tiles.split_pairs(flat, ones, plan) if pairs else flat
     scales = {} if pairs else {"left_scale": ones, "right_scale": ones}
     out = torch.full_like(stored, torch.nan)
     product = partial(gp.grouped_product, stored, stored, plan, out=out, **scales, **options)
@@ -250,7 +251,7 @@ def _time_tiling(
     product()
     torch.cuda.synchronize()
     details = {"compile_s": time.perf_counter() - begin, "tiles": len(plan.tiles)}
-    details |= _errors(gp.unpack(gp.join_pairs(out) if pairs else out, plan), squares)
+    details |= _errors(tiles.unpack(tiles.join_pairs(out) if pairs else out, plan), squares)
     eager, graph = time_eager_and_graph(product)
     with_addend = time_eager_and_graph(partial(product, alpha=ones, addend=stored, beta=ones))[1]
 

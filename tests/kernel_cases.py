@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from rpg_fast.kernels import grouped_product as gp  # noqa: E402
+from rpg_fast.kernels import tiles  # noqa: E402
 
 # Triton 3.6's interpreter takes a loop bound as int(array of one element), which NumPy 2.4 refuses.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -52,9 +52,9 @@ class Storage:
 
     pairs: bool
 
-    def store(self, values: list[Tensor], plan: gp.TilePlan) -> Tensor:
-        flat = gp.pack(values, plan)
-        return gp.split_pairs(flat, torch.ones(len(values), device=DEVICE), plan) if self.pairs else flat
+    def store(self, values: list[Tensor], plan: tiles.TilePlan) -> Tensor:
+        flat = tiles.pack(values, plan)
+        return tiles.split_pairs(flat, torch.ones(len(values), device=DEVICE), plan) if self.pairs else flat
 
-    def load(self, stored: Tensor, plan: gp.TilePlan) -> list[Tensor]:
-        return gp.unpack(gp.join_pairs(stored) if self.pairs else stored, plan)
+    def load(self, stored: Tensor, plan: tiles.TilePlan) -> list[Tensor]:
+        return tiles.unpack(tiles.join_pairs(stored) if self.pairs else stored, plan)

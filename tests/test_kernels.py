@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 from aot import ROOT, CompiledKernel, KernelSpec, compile_kernels
-from kernel_cases import DEVICE, FP32_GRADE, SIZES, Storage, gp, matrices, relative_error, symmetric
+from kernel_cases import DEVICE, FP32_GRADE, SIZES, Storage, matrices, relative_error, symmetric, tiles
+
+from rpg_fast.kernels import grouped_product as gp
 
 both_storages = pytest.mark.parametrize("storage", [Storage(False), Storage(True)], ids=["fp32", "pairs"])
 both_blocks = pytest.mark.parametrize("block", [64, 128])
@@ -18,7 +20,7 @@ both_blocks = pytest.mark.parametrize("block", [64, 128])
 @both_storages
 @both_blocks
 def test_square_matches_float64(storage: Storage, block: int) -> None:
-    plan = gp.plan_tiles(SIZES, block=block, device=DEVICE)
+    plan = tiles.plan_tiles(SIZES, block=block, device=DEVICE)
     stored = storage.store(matrices(), plan)
     out = torch.full_like(stored, torch.nan)
     assert gp.grouped_product(stored, stored, plan, out=out) is out
@@ -35,7 +37,7 @@ def test_square_matches_float64(storage: Storage, block: int) -> None:
 @both_storages
 def test_polynomial_step_matches_float64(storage: Storage) -> None:
     """X <- a X + (b A + c A A) X with A = X X, other coefficients for every matrix; the last addend is overwritten."""
-    plan = gp.plan_tiles(SIZES, device=DEVICE)
+    plan = tiles.plan_tiles(SIZES, device=DEVICE)
     coefficients = torch.rand(3, len(SIZES), generator=torch.Generator().manual_seed(7)) * 4 - 2
     a, b, c = coefficients.to(DEVICE)
     x = storage.store(matrices(), plan)
@@ -55,7 +57,7 @@ def test_polynomial_step_matches_float64(storage: Storage) -> None:
 def test_only_matrices_with_a_stage_left_take_part(storage: Storage) -> None:
     """Coefficients at any stride, as the columns of one table; the others keep their bits."""
     sizes, stages = (96, 147, 64, 33), (3, 2, 0, 4)
-    plan = gp.plan_tiles(sizes, device=DEVICE)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
     table = torch.randn(len(sizes), 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     stored = storage.store(matrices(sizes), plan)
     out = torch.full_like(stored, torch.nan)
@@ -75,7 +77,7 @@ def test_only_matrices_with_a_stage_left_take_part(storage: Storage) -> None:
 @both_storages
 def test_same_bits_each_time(storage: Storage) -> None:
     sizes = (96, 147)
-    plan = gp.plan_tiles(sizes, device=DEVICE)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
     stored = storage.store(matrices(sizes), plan)
     assert torch.equal(gp.grouped_product(stored, stored, plan), gp.grouped_product(stored, stored, plan))
 
@@ -84,9 +86,9 @@ def test_scales_and_zero_matrices_in_one_launch() -> None:
     factors = (1e12, 1e-12, 0.0, 1.0, 1e-6)
     sizes = (64, 147, 96, 128, 33)
     values = [(a * f).float().double() for a, f in zip(matrices(sizes), factors, strict=True)]
-    plan = gp.plan_tiles(sizes, device=DEVICE)
-    flat = gp.pack(values, plan)
-    for value, got in zip(values, gp.unpack(gp.grouped_product(flat, flat, plan), plan), strict=True):
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
+    flat = tiles.pack(values, plan)
+    for value, got in zip(values, tiles.unpack(gp.grouped_product(flat, flat, plan), plan), strict=True):
         if value.any():
             assert relative_error(got, value @ value) < FP32_GRADE
         else:
@@ -96,10 +98,10 @@ def test_scales_and_zero_matrices_in_one_launch() -> None:
 def test_pairs_hold_scaled_matrices() -> None:
     factors, sizes = (1e12, 1e-12, 0.0), (64, 147, 96)
     values = [(a * f).float().double() for a, f in zip(matrices(sizes), factors, strict=True)]
-    plan = gp.plan_tiles(sizes, device=DEVICE)
-    flat = gp.pack(values, plan)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
+    flat = tiles.pack(values, plan)
     scales = gp.matrix_scales(flat, plan)
-    joined = gp.unpack(gp.join_pairs(gp.split_pairs(flat, scales, plan)), plan)
+    joined = tiles.unpack(tiles.join_pairs(tiles.split_pairs(flat, scales, plan)), plan)
     for value, scale, got in zip(values, scales.tolist(), joined, strict=True):
         error = (got.cpu().double() - scale * value).abs()
         assert bool((error <= 2.0**-22 * (scale * value).abs() + 2.0**-35).all())
@@ -107,8 +109,8 @@ def test_pairs_hold_scaled_matrices() -> None:
 
 def test_scales_are_powers_of_two_for_any_magnitude() -> None:
     largest = torch.tensor([3.4e38, 1.0, 1.999, 1e-30, 1.2e-38, 1e-45, 0.0])
-    plan = gp.plan_tiles([1] * len(largest), block=16, device=DEVICE)
-    scales = gp.matrix_scales(gp.pack([-value.view(1, 1) for value in largest], plan), plan).cpu()
+    plan = tiles.plan_tiles([1] * len(largest), block=16, device=DEVICE)
+    scales = gp.matrix_scales(tiles.pack([-value.view(1, 1) for value in largest], plan), plan).cpu()
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
     scaled = (scales * largest)[:5]
     assert bool(((scaled >= 1) & (scaled < 4)).all())
@@ -119,7 +121,7 @@ def test_scales_are_powers_of_two_for_any_magnitude() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_not_a_number_stays_in_its_matrix(storage: Storage, bad: float) -> None:
     sizes = (64, 147, 33)
-    plan = gp.plan_tiles(sizes, device=DEVICE)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
     clean = storage.store(matrices(sizes), plan)
     want = storage.load(gp.grouped_product(clean, clean, plan), plan)
     values = matrices(sizes)
@@ -137,15 +139,15 @@ def test_not_a_number_stays_in_its_matrix(storage: Storage, bad: float) -> None:
 
 def test_every_matrix_of_a_large_batch() -> None:
     sizes = [16 * (b % 3 + 1) for b in range(12)]
-    plan = gp.plan_tiles(sizes, block=16, device=DEVICE)
-    flat = gp.pack(matrices(sizes), plan)
-    got = gp.unpack(gp.grouped_product(flat, flat, plan, block_k=16), plan)
+    plan = tiles.plan_tiles(sizes, block=16, device=DEVICE)
+    flat = tiles.pack(matrices(sizes), plan)
+    got = tiles.unpack(gp.grouped_product(flat, flat, plan, block_k=16), plan)
     assert all(relative_error(c, a @ a) < FP32_GRADE for a, c in zip(matrices(sizes), got, strict=True))
 
 
 def test_tables_of_a_plan() -> None:
     sizes = (65, 200, 1, 64)
-    plan = gp.plan_tiles(sizes, device=DEVICE)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
     assert plan.orders.tolist() == list(sizes)
     assert (plan.rows, plan.row_starts.tolist()) == (128 + 256 + 64 + 64, [0, 128, 384, 448])
     for b, (first, end) in enumerate(plan.tile_starts.tolist()):
@@ -161,18 +163,18 @@ def test_tables_of_a_plan() -> None:
 
 
 def test_no_matrices() -> None:
-    plan = gp.plan_tiles([], device=DEVICE)
+    plan = tiles.plan_tiles([], device=DEVICE)
     assert plan.tiles.shape == (0, 5)
-    assert gp.grouped_product(gp.pack([], plan), gp.pack([], plan), plan).shape == (0,)
+    assert gp.grouped_product(tiles.pack([], plan), tiles.pack([], plan), plan).shape == (0,)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 20 GB on a GPU")
 @both_storages
 def test_offsets_past_two_to_the_31(storage: Storage) -> None:
-    plan = gp.plan_tiles((46_336, 1024, 64), device=DEVICE)
+    plan = tiles.plan_tiles((46_336, 1024, 64), device=DEVICE)
     plan = dataclasses.replace(plan, tiles=plan.tiles[plan.tiles[:, 4] == 2].contiguous())  # only the last matrix
-    last = gp.plan_tiles((64,), device=DEVICE)
+    last = tiles.plan_tiles((64,), device=DEVICE)
     value = symmetric(64, 0)
     small = storage.store([value], last)
     stored = torch.zeros((*small.shape[:-1], plan.numel), dtype=small.dtype, device=DEVICE)
@@ -204,15 +206,15 @@ def test_offsets_past_two_to_the_31(storage: Storage) -> None:
     ],
 )
 def test_bad_input_is_named(change, message: str) -> None:
-    plan = gp.plan_tiles([64, 65], device=DEVICE)
-    flat = gp.pack(matrices([64, 65]), plan)
+    plan = tiles.plan_tiles([64, 65], device=DEVICE)
+    flat = tiles.pack(matrices([64, 65]), plan)
     arguments = {"left": flat, "right": flat, "plan": plan} | change(plan, flat)
     with pytest.raises(ValueError, match=message):
         gp.grouped_product(**arguments)
 
 
 def test_pairs_take_no_scales() -> None:
-    plan = gp.plan_tiles([64], device=DEVICE)
+    plan = tiles.plan_tiles([64], device=DEVICE)
     pairs = Storage(True).store(matrices([64]), plan)
     with pytest.raises(ValueError, match="are for fp32 storage"):
         gp.grouped_product(pairs, pairs, plan, left_scale=torch.ones(1, device=DEVICE))
@@ -220,13 +222,13 @@ def test_pairs_take_no_scales() -> None:
 
 def test_bad_plans_are_named() -> None:
     with pytest.raises(ValueError, match="got 0 in"):
-        gp.plan_tiles([64, 0])
+        tiles.plan_tiles([64, 0])
     with pytest.raises(ValueError, match="got 46337"):
-        gp.plan_tiles([46_337])
+        tiles.plan_tiles([46_337])
     with pytest.raises(ValueError, match="power of two of at least 16, got 48"):
-        gp.plan_tiles([64], block=48)
+        tiles.plan_tiles([64], block=48)
     with pytest.raises(ValueError, match=r"got shapes \[\(64, 63\)\]"):
-        gp.pack([torch.zeros(64, 63)], gp.plan_tiles([64]))
+        tiles.pack([torch.zeros(64, 63)], tiles.plan_tiles([64]))
 
 
 def test_the_package_imports_no_triton() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from aot import CompiledKernel, KernelSpec, compile_kernels
-from kernel_cases import DEVICE, FP32_GRADE, Storage, gp, matrices, relative_error, symmetric
+from kernel_cases import DEVICE, FP32_GRADE, Storage, matrices, relative_error, symmetric, tiles
 from torch import Tensor
 
 from rpg_fast import filtered
 from rpg_fast.kernels import filter as steps
+from rpg_fast.kernels import grouped_product as gp
 from rpg_fast.kernels import thin
 
 SIZES = (96, 128, 147, 200, 65)
@@ -22,15 +23,15 @@ WIDTH = 32
 PAIRS = Storage(True)
 
 
-def stored(values: list[Tensor], plan: gp.TilePlan) -> tuple[Tensor, list[Tensor]]:
+def stored(values: list[Tensor], plan: tiles.TilePlan) -> tuple[Tensor, list[Tensor]]:
     """Pairs [2, numel], and what they hold in float64."""
     pairs = PAIRS.store(values, plan)
     return pairs, exact(pairs, plan)
 
 
-def exact(pairs: Tensor, plan: gp.TilePlan) -> list[Tensor]:
+def exact(pairs: Tensor, plan: tiles.TilePlan) -> list[Tensor]:
     joined = pairs[0].double() + pairs[1].double() / 2048
-    return [view.cpu() for view in gp.unpack(joined, plan)]
+    return [view.cpu() for view in tiles.unpack(joined, plan)]
 
 
 def gram_matrices(sizes: Sequence[int]) -> list[Tensor]:
@@ -42,7 +43,7 @@ def gram_matrices(sizes: Sequence[int]) -> list[Tensor]:
     return grams
 
 
-def padding_is_zero(pairs: Tensor, plan: gp.TilePlan, members: Sequence[int]) -> bool:
+def padding_is_zero(pairs: Tensor, plan: tiles.TilePlan, members: Sequence[int]) -> bool:
     for b in members:
         start, p, m = plan.starts[b], plan.padded[b], plan.sizes[b]
         padded = pairs[:, start : start + p * p].view(2, p, p)
@@ -51,7 +52,7 @@ def padding_is_zero(pairs: Tensor, plan: gp.TilePlan, members: Sequence[int]) ->
     return True
 
 
-def untouched(pairs: Tensor, plan: gp.TilePlan, b: int) -> bool:
+def untouched(pairs: Tensor, plan: tiles.TilePlan, b: int) -> bool:
     """Still NaN everywhere."""
     return bool(pairs[..., plan.starts[b] : plan.starts[b] + plan.padded[b] ** 2].isnan().all())
 
@@ -60,7 +61,7 @@ def untouched(pairs: Tensor, plan: gp.TilePlan, b: int) -> bool:
 class Round:
     """The inputs of the kernels; every buffer that a kernel writes is full of NaN."""
 
-    plan: gp.TilePlan
+    plan: tiles.TilePlan
     stages: Tensor  # int32 [B]
     ring: Tensor  # fp16 [3, 2, numel]
 
@@ -96,12 +97,12 @@ class Round:
 
 
 def new_round(sizes: Sequence[int] = SIZES, stages: Sequence[int] = STAGES) -> Round:
-    plan = gp.plan_tiles(sizes, device=DEVICE)
+    plan = tiles.plan_tiles(sizes, device=DEVICE)
     ring = torch.full((3, 2, plan.numel), torch.nan, dtype=torch.float16, device=DEVICE)
     return Round(plan, torch.tensor(stages, dtype=torch.int32, device=DEVICE), ring)
 
 
-def random_thin(plan: gp.TilePlan, seed: int) -> Tensor:
+def random_thin(plan: tiles.TilePlan, seed: int) -> Tensor:
     """Float32 [rows, w] in [-1, 1], NaN in the padding."""
     values = torch.rand(plan.rows, WIDTH, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     for first, m, p in zip(plan.row_starts.tolist(), plan.sizes, plan.padded, strict=True):
@@ -304,10 +305,11 @@ def one_round(grams: list[Tensor]) -> tuple[Round, list[Tensor]]:
     G, _ = stored(grams, r.plan)
     G2, moments, traces, Z, Q, both = torch.full_like(G, torch.nan), r.sums(), r.sums(), r.thin(), r.thin(), r.thin(2)
     out = torch.full((sum(m * m for m in r.plan.sizes),), torch.nan, device=DEVICE)
-    offsets = torch.tensor([0, *torch.tensor(r.plan.sizes).square().cumsum(0).tolist()[:-1]], device=DEVICE)
-    aims = torch.tensor([[0.2, 1.0]] * batch, device=DEVICE)
-    coefficients = torch.tensor([[[1.5, -0.6, 0.1]] * 2] * batch, device=DEVICE)
-    ends = torch.tensor([[0.9, 0.0]] * batch, device=DEVICE)
+    squares = torch.tensor(r.plan.sizes, dtype=torch.int64, device=DEVICE) ** 2
+    offsets = squares.cumsum(0) - squares
+    aims = torch.tensor([0.2, 1.0], device=DEVICE).repeat(batch, 1)
+    coefficients = torch.tensor([1.5, -0.6, 0.1], device=DEVICE).repeat(batch, 2, 1)
+    ends = torch.tensor([0.9, 0.0], device=DEVICE).repeat(batch, 1)
     steps.square_with_moments(G, r.plan, out=G2, moments=moments)
     steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
     steps.compose(coefficients, r.stages, r.plan, ring=r.ring)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_fast import reference
-from rpg_fast.kernels.grouped_product import LO_UNIT, _split
+from rpg_fast.kernels.tiles import LO_UNIT, _split
 from rpg_fast.kernels.weights import (
     DTYPES,
     Storage,

@@ -24,17 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_fast.kernels.grouped_product import (
+from rpg_fast.kernels.grouped_product import _multiply, launch_product
+from rpg_fast.kernels.tiles import (
     TilePlan,
     _load_tile,
     _load_value,
-    _multiply,
     _store_mirrored,
     _store_value,
     _symmetrized,
     check_storage,
     check_tensor,
-    launch_product,
 )
 
 BLOCK_K = 32  # depth of a loaded tile
@@ -90,19 +89,22 @@ def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tenso
         stages: int32 [B], at most S.
         ring: fp16 [3, 2, numel].
     """
-    S = coefficients.numel() // (3 * max(1, len(plan.sizes)))
+    S = coefficients.shape[-2] if coefficients.dim() > 1 else 0
     check_tensor("coefficients", coefficients, (len(plan.sizes), S, 3), torch.float32, plan.tiles.device)
     check_round(ring, stages, plan)
     Y, A, B = ring.unbind()  # [2, numel] each
     factors = coefficients.flatten(1).unbind(1)  # 3 S views [B]
     block_k = min(BLOCK_K, plan.block)
+    inner = odd = square = None  # the binaries
     for s in range(S):
         a, b, c = factors[3 * s : 3 * s + 3]
-        launch_product(A, A, plan, B, alpha=c, addend=A, beta=b, stages=stages, stage=s, block_k=block_k)
-        launch_product(B, Y, plan, A, addend=Y, beta=a, stages=stages, stage=s, block_k=block_k)
+        inner = launch_product(
+            A, A, plan, B, alpha=c, addend=A, beta=b, stages=stages, stage=s, block_k=block_k, binary=inner
+        )
+        odd = launch_product(B, Y, plan, A, addend=Y, beta=a, stages=stages, stage=s, block_k=block_k, binary=odd)
         Y, A = A, Y
         if s + 1 < S:
-            launch_product(Y, Y, plan, A, stages=stages, stage=s + 1, block_k=block_k)
+            square = launch_product(Y, Y, plan, A, stages=stages, stage=s + 1, block_k=block_k, binary=square)
 
 
 def inside(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_fast import grouping
-from rpg_fast.kernels.grouped_product import LO_UNIT, TilePlan, _load_tile, _split, _store_value, plan_tiles
+from rpg_fast.kernels.tiles import LO_UNIT, TilePlan, _load_tile, _split, _store_value, plan_tiles
 from rpg_fast.kernels.weights import (
     DTYPES,
     Storage,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_fast.kernels.filter import _identity, _part, check_round
-from rpg_fast.kernels.grouped_product import (
+from rpg_fast.kernels.tiles import (
     LO_UNIT,
     TilePlan,
     _load_tile,
