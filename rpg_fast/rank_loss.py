@@ -115,7 +115,8 @@ def rank_loss(
             needs matrix products only and follows the spectrum from call to call through `state` (without one every
             call searches from scratch, and reads on the host whether it has found everything); to fp32 grade: loss
             within 2e-5, gradient within 3e-4. "auto": see `choose_method`.
-        precision: "fp32" or "fast"; makes no difference to the methods in float64.
+        precision: of the last product, the gradient's. "fp32" grade, or "fast": a GPU multiplies in fp16, and the
+            gradient's relative error is up to 1e-3. Ranks and loss are the same; so is everything on the CPU.
         state: a `RankState`, filled with ranks and tail energies.
         refresh_every: recompute the spectra at every N-th call with this `state` and reuse them in between: the
             gradient then uses the current weights with the last projectors, the value is the last one. Another option,
@@ -148,7 +149,7 @@ def rank_loss(
     loss, projector, inv_norms, shares = _spectra(
         matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator
     )
-    return torch.ops.rpg_fast.rank_attach(matrices, loss, projector, inv_norms, shares)
+    return torch.ops.rpg_fast.rank_attach(matrices, loss, projector, inv_norms, shares, precision == "fast")
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def add_rank_grad_(
     for w in trained:
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-    torch.ops.rpg_fast.rank_apply_([w.grad for w in trained], trained, *spectra, scale)
+    torch.ops.rpg_fast.rank_apply_([w.grad for w in trained], trained, *spectra, scale, precision == "fast")
     return loss
 
 

@@ -135,9 +135,15 @@ def _rank_gradient(weight_matrix: Tensor, projector: Tensor, inv_norm: Tensor, s
 
 
 def rank_apply(
-    weights: Sequence[Tensor], projector: Tensor, inv_norms: Tensor, shares: Tensor, weight: Tensor
+    weights: Sequence[Tensor],
+    projector: Tensor,
+    inv_norms: Tensor,
+    shares: Tensor,
+    weight: Tensor,
+    fast: bool = False,
 ) -> list[Tensor]:
-    """The gradient of weight * loss with respect to every weight, in the weight's dtype and layout."""
+    """The gradient of weight * loss with respect to every weight, in the weight's dtype and layout. `fast`: a kernel
+    may multiply in 16 bits, with a relative error up to 1e-3."""
     gradients = []
     offsets = grouping.projector_offsets(weights)
     weight = weight.to(inv_norms)
@@ -161,6 +167,7 @@ def rank_apply_(
     inv_norms: Tensor,
     shares: Tensor,
     weight: Tensor,
+    fast: bool = False,
 ) -> None:
     """Adds what `rank_apply` returns to `grads`, in their dtypes and layouts; inactive weights' gradients are not
     touched."""

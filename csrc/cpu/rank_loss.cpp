@@ -338,7 +338,7 @@ void apply(const char* op, const std::vector<Tensor>& outputs, const std::vector
 }
 
 std::vector<Tensor> rank_apply(std::vector<Tensor> weights, Tensor projector, Tensor inv_norms, Tensor shares,
-                               Tensor weight) {
+                               Tensor weight, bool /*fast: nothing here is*/) {
   std::vector<Tensor> gradients;
   for (const Tensor& w : weights) gradients.push_back(torch::stable::empty_like(w));
   apply("rank_apply", gradients, weights, {projector, inv_norms, shares, scalar_value(weight, "weight")}, false);
@@ -350,7 +350,7 @@ std::vector<Tensor> rank_apply(std::vector<Tensor> weights, Tensor projector, Te
 }
 
 void rank_apply_(std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor projector, Tensor inv_norms,
-                 Tensor shares, Tensor weight) {
+                 Tensor shares, Tensor weight, bool /*fast*/) {
   check_length("rank_apply_", "grads", grads.size(), weights.size());
   for (size_t b = 0; b < grads.size(); ++b) {
     STD_TORCH_CHECK(grads[b].is_cpu() && is_floating(grads[b].scalar_type()) && same_shape(grads[b], weights[b]),
