@@ -200,6 +200,7 @@ class Race:
         facts = self.details | {
             "contestant": mine.name,
             "setting": mine.setting,
+            "calls": mine.calls,
             "role": "ours" if mine.ours else "peer" if mine.outcome else "bound",
             "slow_ran_once": self.full and laps[mine.name][0] > self.slow,
             "missing": self.missing,

@@ -21,7 +21,7 @@ from benchmarks.rates import Rates
 from benchmarks.work import Side
 from benchmarks.workload import SPARSITY
 
-PUBLISHED = "one SVD a matrix"
+PUBLISHED = "one SVD a layer, as published"
 TORCH = "torch: Gram, eigh in float32"
 EXACTLY = "rpg_fast.add_rank_grad_, exact"
 WARM = "rpg_fast.add_rank_grad_, power"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import measured, plots, report
 
 HERE = Path(__file__).parent
 
@@ -80,7 +80,7 @@ def test_missing_markers_and_foreign_files(results: Path, tmp_path: Path, capsys
     [(4321.0, "4321 s"), (12.34, "12.3 s"), (0.9996, "1 s"), (0.99, "990 ms"), (0.0123, "12.3 ms"), (4.5e-5, "45 us")],
 )
 def test_seconds(value: float, text: str) -> None:
-    assert report.seconds(value) == text
+    assert measured.seconds(value) == text
 
 
 def test_benchmarks_import_without_a_warning() -> None:
