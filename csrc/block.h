@@ -71,16 +71,26 @@ void launch_threads(int count, const Kernel& kernel) {
 }
 #endif
 
-/// The sum of `value` over the block, known to every thread. `count()` is a multiple of kWarp; `scratch`, shared by the
-/// block, holds count() / kWarp values and may be reused after the next sync().
-template <class Block, class T>
-RPG_FAST_HOST_DEVICE T block_sum(const Block& block, T value, T* scratch) {
-  for (int mask = Block::kWarp / 2; mask > 0; mask /= 2) value += block.shuffle_xor(value, mask);
+/// combine(a, b) over the values of all threads of the block, known to every thread. `count()` is a multiple of kWarp;
+/// `scratch`, shared by the block, holds count() / kWarp values and may be reused after the next sync().
+template <class Block, class T, class Combine>
+RPG_FAST_HOST_DEVICE T block_reduce(const Block& block, T value, T* scratch, const Combine& combine) {
+  for (int mask = Block::kWarp / 2; mask > 0; mask /= 2) value = combine(value, block.shuffle_xor(value, mask));
   if (block.lane() % Block::kWarp == 0) scratch[block.lane() / Block::kWarp] = value;
   block.sync();
-  T sum = 0;
-  for (int warp = 0; warp < block.count() / Block::kWarp; ++warp) sum += scratch[warp];
-  return sum;
+  T result = scratch[0];
+  for (int warp = 1; warp < block.count() / Block::kWarp; ++warp) result = combine(result, scratch[warp]);
+  return result;
+}
+
+template <class Block, class T>
+RPG_FAST_HOST_DEVICE T block_sum(const Block& block, T value, T* scratch) {
+  return block_reduce(block, value, scratch, [](T a, T b) { return a + b; });
+}
+
+template <class Block, class T>
+RPG_FAST_HOST_DEVICE T block_max(const Block& block, T value, T* scratch) {
+  return block_reduce(block, value, scratch, [](T a, T b) { return a > b ? a : b; });
 }
 
 }  // namespace rpg_fast

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg_fast import _extension, filtered, grouping, reference
+from rpg_fast import _extension, filtered, grouping, ledger, reference
 
 NAMESPACE = "rpg_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -101,32 +101,34 @@ _define(
     ),
 )
 _define(
-    "rank_attach(Tensor[] weights, Tensor loss, Tensor projector, Tensor inv_norms, Tensor shares) -> Tensor",
-    lambda weights, loss, projector, inv_norms, shares: loss.clone(),
-    lambda weights, loss, projector, inv_norms, shares: torch.empty_like(loss),
+    "rank_attach(Tensor[] weights, Tensor loss, Tensor projector, Tensor inv_norms, Tensor shares, bool fast=False)"
+    " -> Tensor",
+    lambda weights, loss, projector, inv_norms, shares, fast=False: loss.clone(),
+    lambda weights, loss, projector, inv_norms, shares, fast=False: torch.empty_like(loss),
 )
 _define(
-    "rank_apply(Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares, Tensor weight) -> Tensor[]",
+    "rank_apply(Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares, Tensor weight, bool fast=False)"
+    " -> Tensor[]",
     reference.rank_apply,
-    lambda weights, projector, inv_norms, shares, weight: [torch.empty_like(w) for w in weights],
+    lambda weights, projector, inv_norms, shares, weight, fast=False: [torch.empty_like(w) for w in weights],
 )
 _define(
     "rank_apply_(Tensor(a!)[] grads, Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares,"
-    " Tensor weight) -> ()",
+    " Tensor weight, bool fast=False) -> ()",
     reference.rank_apply_,
     _no_output,
 )
 
 
 def _attach_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, _loss, projector, inv_norms, shares = inputs
+    weights, _loss, projector, inv_norms, shares, ctx.fast = inputs
     ctx.save_for_backward(*weights, projector, inv_norms, shares)
 
 
 def _attach_backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
     *weights, projector, inv_norms, shares = ctx.saved_tensors
-    grads = torch.ops.rpg_fast.rank_apply(weights, projector, inv_norms, shares, grad_loss)
-    return grads, None, None, None, None
+    grads = torch.ops.rpg_fast.rank_apply(weights, projector, inv_norms, shares, grad_loss, ctx.fast)
+    return grads, None, None, None, None, None
 
 
 def _apply_backward(ctx: Any, *grads: Any) -> None:
@@ -140,6 +142,45 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(f"{NAMESPACE}::rank_apply", _apply_backward, lib=_library)
 
+
+# ------------------------------------------------------------ pieces of rank_filter
+
+_define(
+    "device_table(Tensor like, int[] values) -> Tensor",
+    lambda like, values: torch.tensor(values, dtype=torch.int64, device=like.device),
+    lambda like, values: like.new_empty(len(values), dtype=torch.int64),
+)
+_define(
+    "filter_open_(Tensor(a!) ledger, Tensor(b!) stages, Tensor(c!) settled, Tensor(d!) aims, Tensor(e!) coefficients,"
+    " Tensor moments, Tensor tile_starts, Tensor orders, Tensor norms, Tensor scales, Tensor target, Tensor windows,"
+    " Tensor grid, Tensor table) -> ()",
+    ledger.filter_open_,
+    _no_output,
+)
+_define(
+    "filter_range_(Tensor(a!) Q, Tensor Z, Tensor orders, Tensor row_starts, Tensor stages, float floor) -> ()",
+    ledger.filter_range_,
+    _no_output,
+)
+_define(
+    "filter_principal_(Tensor(a!) Q, Tensor(b!) ledger, Tensor Z, Tensor orders, Tensor row_starts, Tensor stages,"
+    " float floor) -> ()",
+    ledger.filter_principal_,
+    _no_output,
+)
+_define(
+    "filter_conclude_(Tensor(a!) ledger, Tensor(b!) stages, Tensor(c!) settled, Tensor(d!) aims,"
+    " Tensor(e!) coefficients, Tensor(f!) Z, Tensor Q, Tensor images, Tensor traces, Tensor tile_starts, Tensor orders,"
+    " Tensor row_starts, Tensor target, Tensor grid, Tensor table) -> ()",
+    ledger.filter_conclude_,
+    _no_output,
+)
+_define(
+    "small_spectrum_(Tensor(a!) ledger, Tensor(b!) projector, Tensor members, Tensor pairs, Tensor tiles,"
+    " Tensor tile_starts, Tensor orders, Tensor offsets, Tensor norms, Tensor scales, Tensor target) -> ()",
+    ledger.small_spectrum_,
+    _no_output,
+)
 
 # ------------------------------------------------------------ masks
 
