@@ -33,7 +33,7 @@ NITER = 2
 DECAY = 1.0  # singular values i^-DECAY
 SLACK = 0.02  # of the smallest possible error that q triplets leave
 
-POINT_S = {"cuda": 1.0, "cpu": 6.0}  # of rounds at one point
+POINT_S = {"cuda": 1.0, "cpu": 4.0}  # of rounds at one point
 SLOW_S = {"cuda": 1.0, "cpu": 20.0}  # what takes longer runs once
 BUDGET_S = {"cuda": 6.0, "cpu": 20.0}  # a contestant that is expected to take longer for one call is left out
 STAGE_S = 180.0  # on CUDA no point is begun later than this after the first
@@ -155,7 +155,7 @@ def contestants(point: Point, matrices: Sequence[Tensor], device: torch.device) 
         return Contestant(name, run, outcome=tuple, setting=setting)
 
     drivers = zip(FULL_ON_GPU, DRIVERS, strict=True) if device.type == "cuda" else [(FULL, None)]
-    methods = {spectrum.svd_method(shape, q, device=device) for shape in point.shapes}
+    methods = {spectrum.svd_method(shape, q, NITER, device=device) for shape in point.shapes}
     return [
         *(peer(name, partial(full, driver=driver)) for name, driver in drivers),
         peer(TORCH, lowrank, f"q = {q} + {spectrum.OVERSAMPLING}, niter = {NITER}"),

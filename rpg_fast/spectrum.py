@@ -14,6 +14,7 @@ from rpg_fast import reference
 OVERSAMPLING = 8  # extra columns of the sketch, dropped from the result
 HEADROOM = 2.0**-10  # a Gaussian sketch times this keeps the first product finite up to the largest float32
 SHIFT = 1e-15  # of a Gram matrix's trace: above what rounding to float64 leaves of a zero eigenvalue
+SMALLEST = 1e-60  # shift of a zero Gram matrix; others are above it, and its inverse root is within float32
 ROUNDING = 2.0**-23  # relative: what float32 rounds off anyway
 SvdMethod = Literal["svd", "qr", "products"]
 
@@ -32,8 +33,8 @@ def svd_lowrank(
     """The q largest singular triplets of each matrix by randomised power iteration (Halko, Martinsson, Tropp, SIAM
     Review 2011, algorithms 4.4 and 5.1): a Gaussian sketch of q + 8 columns, `niter` products with A A^T,
     orthonormalised in between, and the SVD of the small projected matrix. Accurate where the spectrum falls off; a
-    flat one needs more iterations. Where q + 8 is more than half of min(m, n), a full SVD may be taken instead:
-    `svd_method` tells, and why.
+    flat one needs more iterations. Where a full SVD costs less it is taken instead: `rpg_fast.spectrum.svd_method`
+    tells, and why.
 
     Args:
         A: [..., m, n], or a list of matrices [..., m_i, n_i] of different shapes (equal ones, and the transposes of
@@ -94,19 +95,23 @@ def _check_matrix(name: str, A: Tensor, q: int, niter: int) -> None:
         raise RuntimeError(f"svd_lowrank has no derivative, and {name} requires grad: pass {name}.detach()")
 
 
-def svd_method(shape: Sequence[int], q: int, *, device: torch.device, dtype: torch.dtype = torch.float32) -> SvdMethod:
-    """How `svd_lowrank` does a batch of shape [..., m, n].
+def svd_method(
+    shape: Sequence[int], q: int, niter: int = 2, *, device: torch.device, dtype: torch.dtype = torch.float32
+) -> SvdMethod:
+    """How `svd_lowrank` does a batch of shape [..., m, n], w = min(q + 8, m, n).
 
-    "products", for up to float32 on CUDA: matrix products, triangular w x w factors and one w x w symmetric
-        eigenproblem, w = q + 8, all batched. There batched Householder QR and SVD run matrix after matrix. If w reaches
-        min(m, n), it is a full SVD, without a sketch.
-    "svd", if w is more than half of min(m, n): `torch.linalg.svd`, cut. It costs less than the 2 niter + 2 products of
-        that width with their orthonormalisations do.
-    "qr": Householder QR between the products. On the CPU as fast, and float64 keeps all its digits.
+    "products", for up to float32 on CUDA: matrix products, triangular w x w factors and one symmetric w x w
+        eigenproblem, all batched, where Householder QR and the SVD go from matrix to matrix. A full SVD, without a
+        sketch, where w = min(m, n).
+    "svd", where w = min(m, n) or (niter + 1) w > 1.5 min(m, n): `torch.linalg.svd`, cut. On a CPU it then costs less
+        than the products and their orthonormalisations do.
+    "qr", elsewhere: Householder QR between the products. It keeps the digits of float64, and is as fast on a CPU.
     """
     if device.type == "cuda" and dtype != torch.float64:
         return "products"
-    return "svd" if 2 * (q + OVERSAMPLING) > min(shape[-2:]) else "qr"
+    short = min(shape[-2:])
+    width = min(q + OVERSAMPLING, short)
+    return "svd" if width == short or 2 * (niter + 1) * width > 3 * short else "qr"
 
 
 def _svd_lowrank(A: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +120,7 @@ def _svd_lowrank(A: Tensor, q: int, niter: int, generator: torch.Generator | Non
         return U, S, V
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         X = A.to(reference.accumulation_dtype([A]))  # [..., m, n], m <= n
-        method = svd_method(A.shape, q, device=A.device, dtype=A.dtype)
+        method = svd_method(A.shape, q, niter, device=A.device, dtype=A.dtype)
         if method == "svd":
             triplets = _by_svd(X, q)
         elif method == "qr":
@@ -179,13 +184,14 @@ def _cut(U: Tensor, S: Tensor, V: Tensor, q: int, finite: Tensor) -> tuple[Tenso
 
 
 def _first_sketch(X: Tensor, q: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """X^T Omega [..., n, w], and the power of two [..., 1, 1] that brings X's products near the square root of their
-    size, so that neither they nor squares of them leave the range of float32."""
+    """X^T Omega [..., n, w] times a power of two [..., 1, 1], and that: it brings X's products near the square root of
+    their size, so that none of them leaves the range of float32."""
     m = X.shape[-2]
     sketch = torch.randn(m, min(q + OVERSAMPLING, m), dtype=X.dtype, device=X.device, generator=generator)
     Y = X.mT @ (HEADROOM * sketch)
     exponent = torch.frexp(torch.linalg.vector_norm(Y, torch.inf, (-2, -1), keepdim=True)).exponent
-    return Y, torch.ldexp(torch.ones_like(Y[..., :1, :1]), -(exponent // 2))
+    scale = torch.ldexp(torch.ones_like(Y[..., :1, :1]), -(exponent // 2))
+    return Y * scale, scale
 
 
 def _whitening(Y: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ def _whitening(Y: Tensor) -> Tensor:
     G = Y.mT @ Y
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.sum(-1, keepdim=True)
-    diagonal.add_(torch.where(trace > 0, SHIFT * trace, 1.0))
+    diagonal.add_((SHIFT * trace).clamp_(min=SMALLEST))
     factor = torch.linalg.cholesky_ex(G).L.mT  # not finite where Y is not; no host waits for its `info`
     return torch.linalg.solve_triangular(factor, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device), upper=True)
 

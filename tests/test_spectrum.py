@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import tail_energy_rank as every_k
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg_fast import spectrum, svd_lowrank, tail_energy_rank
 
@@ -114,21 +115,36 @@ def test_steep_spectra(exponent: int, method: str, device: torch.device) -> None
 
 
 @pytest.mark.parametrize(
-    ("shape", "q", "device_type", "dtype", "wanted"),
+    ("shape", "q", "niter", "device_type", "dtype", "wanted"),
     [
-        ((64, 64), 8, "cpu", torch.float32, "qr"),
-        ((64, 64), 24, "cpu", torch.float32, "qr"),
-        ((64, 64), 25, "cpu", torch.float32, "svd"),
-        ((5, 4096, 32), 9, "cpu", torch.bfloat16, "svd"),
-        ((64, 64), 8, "cuda", torch.float32, "products"),
-        ((7, 64, 64), 64, "cuda", torch.float16, "products"),
-        ((64, 64), 8, "cuda", torch.float64, "qr"),
-        ((64, 64), 64, "cuda", torch.float64, "svd"),
+        ((64, 64), 24, 2, "cpu", torch.float32, "qr"),
+        ((64, 64), 25, 2, "cpu", torch.float32, "svd"),
+        ((64, 64), 24, 3, "cpu", torch.float32, "svd"),
+        ((64, 64), 48, 0, "cpu", torch.float64, "qr"),
+        ((64, 64), 56, 0, "cpu", torch.float64, "svd"),
+        ((5, 4096, 32), 9, 2, "cpu", torch.bfloat16, "svd"),
+        ((64, 64), 8, 2, "cuda", torch.float32, "products"),
+        ((7, 64, 64), 64, 2, "cuda", torch.float16, "products"),
+        ((64, 64), 8, 2, "cuda", torch.float64, "qr"),
+        ((64, 64), 64, 2, "cuda", torch.float64, "svd"),
     ],
     ids=str,
 )
-def test_method_of_a_shape(shape: tuple[int, ...], q: int, device_type: str, dtype: torch.dtype, wanted: str) -> None:
-    assert spectrum.svd_method(shape, q, device=torch.device(device_type), dtype=dtype) == wanted
+def test_method_of_a_shape(
+    shape: tuple[int, ...], q: int, niter: int, device_type: str, dtype: torch.dtype, wanted: str
+) -> None:
+    assert spectrum.svd_method(shape, q, niter, device=torch.device(device_type), dtype=dtype) == wanted
+
+
+@pytest.mark.parametrize("method", METHODS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reads_nothing_on_the_host(method: str, dtype: torch.dtype) -> None:
+    """Fake tensors have no values to read; what torch.linalg.eigh and svd check on CUDA is their own affair."""
+    with FakeTensorMode():
+        U, S, V = svd_lowrank(torch.empty(2, 50, 30, dtype=dtype), 4)
+        Us, _, _ = svd_lowrank([torch.empty(50, 30), torch.empty(30, 50), torch.empty(9, 9)], 4)
+    assert (U.shape, S.shape, V.shape) == ((2, 50, 4), (2, 4), (2, 30, 4))
+    assert [tuple(u.shape) for u in Us] == [(50, 4), (30, 4), (9, 4)]
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 5, 7), (0, 7, 5)], ids=str)
