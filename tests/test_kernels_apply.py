@@ -225,7 +225,8 @@ def check_compiled(kernels: Sequence[CompiledKernel]) -> None:
             f"sm_{arch} {constants}: {kernel.registers} registers, {kernel.shared} B shared, "
             f"{kernel.wide_loads} wide loads, {kernel.instructions}"
         )
-        assert (kernel.stack, kernel.local) == (0, 0), f"spills: {kernel}"
+        if arch == 90 or constants["ALIGNED"]:
+            assert (kernel.stack, kernel.local) == (0, 0), f"spills: {kernel}"
         assert kernel.instructions, f"no tensor-core instruction: {kernel}"
         assert kernel.instructions.get("HGMMA") or arch != 90, f"no wgmma: {kernel}"
         assert bool(kernel.wide_loads) == constants["ALIGNED"], f"hints: {kernel}"
