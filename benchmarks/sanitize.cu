@@ -7,18 +7,26 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <random>
 #include <utility>
 #include <vector>
 
+#include "basis.h"
 #include "jacobi.h"
 #include "masks.h"
+#include "spectrum.h"
+#include "window.h"
 
 namespace {
 
 using namespace rpg_fast;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// ---- the same work on the device and on the host -------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -26,45 +34,88 @@ void check(cudaError_t error, const char* what) {
   std::exit(2);
 }
 
-/// An allocation of its own on the device, as long as its content.
+/// Values in an allocation of their own on the device, and on the host.
 template <class T>
-class Buffer {
+class Twin {
  public:
-  explicit Buffer(size_t count) : count_(count) {
-    if (count > 0) check(cudaMalloc(&data_, count * sizeof(T)), "cudaMalloc");
-    if (count > 0) check(cudaMemset(data_, 0xff, count * sizeof(T)), "cudaMemset");  // NaN, or -1
+  explicit Twin(std::vector<T> values) : host_(std::move(values)), bytes_(host_.size() * sizeof(T)) {
+    if (bytes_ == 0) return;
+    check(cudaMalloc(&device_, bytes_), "cudaMalloc");
+    check(cudaMemcpy(device_, host_.data(), bytes_, cudaMemcpyHostToDevice), "cudaMemcpy");
   }
-  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
-    if (count_ > 0) check(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { cudaFree(data_); }
+  Twin(std::initializer_list<T> values) : Twin(std::vector<T>(values)) {}
+  Twin(size_t count, T value) : Twin(std::vector<T>(count, value)) {}
+  Twin(const Twin&) = delete;
+  Twin& operator=(const Twin&) = delete;
+  ~Twin() { cudaFree(device_); }
 
-  T* data() { return data_; }
-  std::vector<T> read() const {
-    std::vector<T> values(count_);
-    if (count_ > 0) check(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return values;
+  T* at(bool on_device) { return on_device ? device_ : host_.data(); }
+
+  /// How many values differ by more than `tolerance` times the largest finite one.
+  int differences(double tolerance) const {
+    std::vector<T> got(host_.size());
+    if (bytes_ > 0) check(cudaMemcpy(got.data(), device_, bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    double size = 0;
+    for (const T value : host_) {
+      if (std::isfinite(static_cast<double>(value))) size = std::fmax(size, std::fabs(static_cast<double>(value)));
+    }
+    int count = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      const double a = static_cast<double>(got[i]), b = static_cast<double>(host_[i]);
+      count += !(a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= tolerance * size);
+    }
+    return count;
   }
 
  private:
-  T* data_ = nullptr;
-  size_t count_;
+  std::vector<T> host_;
+  size_t bytes_;
+  T* device_ = nullptr;
 };
 
-void finish(const char* what) {
-  check(cudaGetLastError(), what);
-  check(cudaDeviceSynchronize(), what);
+template <class Piece>
+__global__ void piece_kernel(const Piece piece) {
+  extern __shared__ uint4 memory[];
+  piece.run(CudaBlock{}, static_cast<int>(blockIdx.x), *reinterpret_cast<typename Piece::Work*>(memory));
 }
 
-// ---- masks.h
-// ---------------------------------------------------------------------------------------------------------
-
-__global__ void count_kernel(const uint8_t* bits, int64_t numel, int64_t* counts) {
-  __shared__ int64_t scratch[1024 / CudaBlock::kWarp];
-  counts[threadIdx.x] = count_ones(CudaBlock{}, bits, numel, scratch);
+/// `make(on_device)` gives a piece with the pointers of that side; `blocks` of it on both.
+template <class Make>
+void run_both(const Make& make, int blocks, int threads) {
+  using Piece = decltype(make(true));
+  constexpr int kMemory = static_cast<int>(sizeof(typename Piece::Work));
+  check(cudaFuncSetAttribute(piece_kernel<Piece>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory), "attribute");
+  piece_kernel<<<blocks, threads, kMemory>>>(make(true));
+  check(cudaGetLastError(), "launch");
+  check(cudaDeviceSynchronize(), "kernel");
+  const auto work = std::make_unique<typename Piece::Work>();
+  for (int b = 0; b < blocks; ++b) make(false).run(SerialBlock{}, b, *work);
 }
+
+/// Normal values; the generator is the caller's.
+template <class T>
+std::vector<T> normal_values(size_t count, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  std::vector<T> values(count);
+  std::generate(values.begin(), values.end(), [&] { return static_cast<T>(normal(random)); });
+  return values;
+}
+
+// ---- masks.h -------------------------------------------------------------------------------------------------------
+
+struct CountOnes {
+  struct Work {
+    int64_t scratch[1024];
+  };
+  const uint8_t* bits;
+  int64_t numel, *count;
+
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int, Work& work) const {
+    const int64_t ones = count_ones(block, bits, numel, work.scratch);
+    if (block.lane() == 0) *count = ones;
+  }
+};
 
 int count_failures() {
   std::mt19937 random(0);
@@ -73,97 +124,241 @@ int count_failures() {
     for (const int misalignment : {0, 1, 3, 7}) {
       std::vector<uint8_t> bytes(misalignment + (numel + 7) / 8);
       std::generate(bytes.begin(), bytes.end(), [&] { return static_cast<uint8_t>(random()); });
-      int64_t scratch[1];
-      const int64_t want = count_ones(SerialBlock{}, bytes.data() + misalignment, numel, scratch);
-      Buffer<uint8_t> bits(bytes);
+      Twin<uint8_t> bits(bytes);
       for (const int threads : {32, 96, 1024}) {
-        Buffer<int64_t> counts(threads);
-        count_kernel<<<1, threads>>>(bits.data() + misalignment, numel, counts.data());
-        finish("count_ones");
-        for (const int64_t got : counts.read()) failures += got != want;
+        Twin<int64_t> count(1, -1);
+        run_both([&](bool on) { return CountOnes{bits.at(on) + misalignment, numel, count.at(on)}; }, 1, threads);
+        failures += count.differences(0);
       }
     }
   }
   return failures;
 }
 
-// ---- jacobi.h
-// --------------------------------------------------------------------------------------------------------
+// ---- jacobi.h ------------------------------------------------------------------------------------------------------
 
-/// One block a matrix [w, w]: values [w], vectors as rows [w, w].
+/// Eigenvalues [w] and V^T diag(values) V [w, w] of each matrix.
 template <int kMax>
-__global__ void eigen_kernel(const double* matrices, int w, double* values, double* vectors) {
-  extern __shared__ char memory[];
-  auto& eigen = *reinterpret_cast<Eigen<kMax>*>(memory);
-  const CudaBlock block;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * w;
-  for (int i = block.lane(); i < w * w; i += block.count()) eigen.at(i / w, i % w) = matrices[first * w + i];
-  solve(block, w, eigen);
-  for (int i = block.lane(); i < w; i += block.count()) values[first + i] = eigen.values[i];
-  for (int i = block.lane(); i < w * w; i += block.count()) vectors[first * w + i] = eigen.vector(i / w)[i % w];
-}
+struct SolveEigen {
+  using Work = Eigen<kMax>;
+  const double* matrices;
+  int w;
+  double *values, *rebuilt;
 
-/// Random, rank one, identity, zero, huge, tiny and NaN, one after another.
-std::vector<double> hostile_matrices(int w, int count) {
-  std::mt19937 random(w);
-  std::normal_distribution<double> normal;
-  std::vector<double> all;
-  for (int kind = 0; kind < count; ++kind) {
-    std::vector<double> A(w * w), x(w);
-    for (double& value : x) value = normal(random);
-    for (int i = 0; i < w; ++i) {
-      for (int j = 0; j <= i; ++j) {
-        const double values[] = {normal(random), x[i] * x[j],   i == j ? 1.0 : 0.0, 0.0,
-                                 1e300 * x[i],   1e-300 * x[j], normal(random)};
-        A[i * w + j] = A[j * w + i] = values[kind];
-      }
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int b, Work& eigen) const {
+    const double* A = matrices + b * w * w;
+    for (int i = block.lane(); i < w * w; i += block.count()) {
+      if (i % w <= i / w) eigen.at(i / w, i % w) = A[i];
     }
-    if (kind == 6) A[w * w - 1] = std::numeric_limits<double>::quiet_NaN();
-    all.insert(all.end(), A.begin(), A.end());
-  }
-  return all;
-}
-
-/// Whether the values are the host's, and A v = lambda v; all NaN for a matrix that is not finite.
-template <int kMax>
-bool eigen_is_right(const double* A, int w, const double* values, const double* vectors) {
-  const auto host = std::make_unique<Eigen<kMax>>();
-  double size = 0;
-  for (int i = 0; i < w * w; ++i) {
-    host->at(i / w, i % w) = A[i];
-    size = std::fmax(size, std::fabs(A[i]));
-  }
-  solve(SerialBlock{}, w, *host);
-  const bool finite = std::all_of(A, A + w * w, [](double a) { return std::isfinite(a); });
-  const double slack = 1e-12 * w * size;
-  for (int i = 0; i < w; ++i) {
-    if (finite ? !(std::fabs(values[i] - host->values[i]) <= slack) : !std::isnan(values[i])) return false;
-    for (int row = 0; row < w; ++row) {
-      double residual = -values[i] * vectors[i * w + row];
-      for (int j = 0; j < w; ++j) residual += A[row * w + j] * vectors[i * w + j];
-      if (finite ? !(std::fabs(residual) <= slack) : !std::isnan(vectors[i * w + row])) return false;
+    solve(block, w, eigen);
+    for (int i = block.lane(); i < w; i += block.count()) values[b * w + i] = eigen.values[i];
+    for (int i = block.lane(); i < w * w; i += block.count()) {
+      double sum = 0;
+      for (int a = 0; a < w; ++a) sum += eigen.values[a] * eigen.vector(a)[i / w] * eigen.vector(a)[i % w];
+      rebuilt[b * w * w + i] = sum;
     }
   }
-  return true;
-}
+};
 
 template <int kMax>
 int eigen_failures() {
-  constexpr int kKinds = 7;
-  constexpr int kBytes = static_cast<int>(sizeof(Eigen<kMax>));
-  check(cudaFuncSetAttribute(eigen_kernel<kMax>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "attribute");
   int failures = 0;
   for (const int w : {1, 2, 3, 7, 31, kMax - 1, kMax}) {
-    const std::vector<double> matrices = hostile_matrices(w, kKinds);
-    Buffer<double> input(matrices);
-    for (const int threads : {32, 128, 1024}) {
-      Buffer<double> values(kKinds * w), vectors(kKinds * w * w);
-      eigen_kernel<kMax><<<kKinds, threads, kBytes>>>(input.data(), w, values.data(), vectors.data());
-      finish("solve");
-      const std::vector<double> lambda = values.read(), V = vectors.read();
-      for (int kind = 0; kind < kKinds; ++kind) {
-        const int square = kind * w * w;
-        failures += !eigen_is_right<kMax>(&matrices[square], w, &lambda[kind * w], &V[square]);
+    for (const double size : {1.0, 1e300, 1e-300, 0.0, kNan}) {
+      std::mt19937 random(w);
+      std::vector<double> A = normal_values<double>(2 * w * w, random), x = normal_values<double>(w, random);
+      for (int i = 0; i < w * w; ++i) A[w * w + i] = x[i / w] * x[i % w];  // the second has rank one
+      A[w * w - 1] *= size;                                                // NaN in one place is enough
+      for (double& a : A) a = std::isnan(size) ? a : a * size;
+      Twin<double> matrices(A);
+      for (const int threads : {32, 128, 1024}) {
+        Twin<double> values(2 * w, kNan), rebuilt(2 * w * w, kNan);
+        const auto make = [&](bool on) { return SolveEigen<kMax>{matrices.at(on), w, values.at(on), rebuilt.at(on)}; };
+        run_both(make, 2, threads);
+        failures += values.differences(1e-12 * w) + rebuilt.differences(1e-12 * w);
+      }
+    }
+  }
+  return failures;
+}
+
+// ---- basis.h -------------------------------------------------------------------------------------------------------
+
+struct Bases {
+  using Work = BasisWork;
+  const float* Z;
+  int m, w;
+  float *range, *principal;
+  double* found;
+
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int b, Work& work) const {
+    const int64_t at = static_cast<int64_t>(b) * m * w;
+    range_basis(block, Z + at, m, w, 1e-11, work, range + at);
+    block.sync();
+    const Principal result = principal_basis(block, Z + at, m, w, 1e-6, work, principal + at);
+    if (block.lane() == 0) found[2 * b] = result.found;
+    if (block.lane() == 0) found[2 * b + 1] = result.energy;
+  }
+};
+
+/// Full rank, rank three, zero and not finite.
+int basis_failures() {
+  int failures = 0;
+  for (const int m : {1, 5, 33, 129, 300}) {
+    for (const int w : {4, 8, kWidth}) {
+      std::mt19937 random(m + w);
+      const size_t numel = static_cast<size_t>(m) * w;
+      std::vector<float> all = normal_values<float>(4 * numel, random);
+      for (size_t i = 0; i < numel; ++i) {
+        const int column = static_cast<int>(i) % w;
+        all[i] *= std::pow(0.8f, static_cast<float>(column));
+        all[numel + i] = column < 3 ? all[numel + i] : 0.0f;
+        all[2 * numel + i] = 0;
+      }
+      all.back() = static_cast<float>(kNan);
+      Twin<float> Z(all);
+      for (const int threads : {32, 256}) {
+        Twin<float> range(4 * numel, -1), principal(4 * numel, -1);
+        Twin<double> found(8, kNan);
+        const auto make = [&](bool on) { return Bases{Z.at(on), m, w, range.at(on), principal.at(on), found.at(on)}; };
+        run_both(make, 4, threads);
+        failures += range.differences(1e-4) + principal.differences(1e-4) + found.differences(1e-9);
+      }
+    }
+  }
+  return failures;
+}
+
+// ---- spectrum.h ----------------------------------------------------------------------------------------------------
+
+struct Small {
+  using Work = SmallWork;
+  const float* G;  // [kSmall, kSmall], in its corner [m, m]
+  int m;
+  const double* norms;
+  double *found, target;
+  float* N;
+
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int b, Work& work) const {
+    const auto load = [&](int i) { return static_cast<double>(G[i]); };
+    small_spectrum(block, load, m, norms[b], 4.0, target, work, found[2 * b], found[2 * b + 1], N + b * m * m);
+  }
+};
+
+int small_failures() {
+  int failures = 0;
+  for (const int m : {1, 2, 17, 63, kSmall}) {
+    std::mt19937 random(m);
+    const std::vector<double> X = normal_values<double>(2 * m * m, random);  // [m, 2 m]
+    std::vector<float> gram(kSmall * kSmall, static_cast<float>(kNan));
+    double trace = 0;
+    for (const double x : X) trace += x * x;
+    for (int item = 0; item < m * m; ++item) {
+      double sum = 0;
+      for (int c = 0; c < 2 * m; ++c) sum += X[item / m * 2 * m + c] * X[item % m * 2 * m + c];
+      gram[item / m * kSmall + item % m] = static_cast<float>(4 * sum / trace);
+    }
+    Twin<float> G(gram);
+    Twin<double> norms({std::sqrt(trace), 0.0, kNan});
+    for (const int threads : {32, 512}) {
+      Twin<double> found(6, -7);
+      Twin<float> N(3 * m * m, -7);
+      const auto make = [&](bool on) { return Small{G.at(on), m, norms.at(on), found.at(on), 0.1, N.at(on)}; };
+      run_both(make, 3, threads);
+      failures += found.differences(1e-9) + N.differences(1e-5);
+    }
+  }
+  return failures;
+}
+
+// ---- window.h ------------------------------------------------------------------------------------------------------
+
+struct Windows {
+  using Work = WindowWork;
+  const float *Q, *GQ, *YQ, *moments, *traces;
+  int m, w, found;
+  const double *grid, *table, *window;
+  Ledger* ledger;
+  float *aims, *coefficients, *Z;
+  int* counts;  // stages, settled
+
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int, Work& work) const {
+    const Steps steps{grid, table, 2, 1};
+    const Aim aim{aims, coefficients, counts, counts + 1};
+    const int tiles[] = {0, 1};
+    open_window(block, moments, tiles, m, 1.0, 4.0, 0.1, window, steps, work.parts, *ledger, aim);
+    block.sync();
+    if (block.lane() == 0) ledger->found = found;
+    if (block.lane() == 0) ledger->seen = traces[2];
+    block.sync();
+    conclude_window(block, Images{Q, GQ, YQ, m, w}, traces, tiles, 0.1, steps, work, *ledger, aim, Z);
+  }
+};
+
+/// A diagonal G whose window holds five eigenvalues around the boundary, or lies elsewhere.
+int window_failures() {
+  int failures = 0;
+  for (const int m : {40, 65, 200}) {
+    for (const int w : {16, kWidth}) {
+      std::vector<double> lambda(m);
+      double sum = 0, tail = 0;
+      for (int i = 0; i < m; ++i) sum += lambda[i] = std::pow(i + 1.0, -1.0);
+      for (double& value : lambda) value /= sum;
+      int k = m;
+      while (tail < 0.1) tail += lambda[--k];
+      for (const int first : {k - 2, 2}) {
+        std::vector<float> Q(m * w), GQ(m * w), YQ(m * w);
+        double moments[3] = {}, traces[3] = {};
+        for (int i = 0; i < m; ++i) {
+          const int column = i - first;
+          const double y = column < 0 ? 1 : column < 5 ? 0.6 - 0.3 * column : -1;
+          if (column >= 0 && column < 5) {
+            Q[i * w + column] = 1;
+            GQ[i * w + column] = static_cast<float>(4 * lambda[i]);
+            YQ[i * w + column] = static_cast<float>(y);
+          }
+          for (int p = 0; p < 3; ++p) moments[p] += std::pow(4 * lambda[i], p + 2);
+          traces[0] += y;
+          traces[1] += 4 * y * lambda[i];
+          traces[2] += std::pow((1 - y * y) / 4, 2);
+        }
+        const auto three = [](const double* x) {
+          return std::vector<float>{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2])};
+        };
+        Twin<float> q(Q), gq(GQ), yq(YQ), moments_(three(moments)), traces_(three(traces));
+        Twin<double> grid({1e-5, 1e-2}), table({2.0, -1.0, 0.1, 1.8, -1.1, 0.3});
+        Twin<double> window({lambda[first + 2], lambda[first] - lambda[first + 2]});
+        for (const int threads : {32, 256}) {
+          Twin<double> ledger(kLedgerColumns, kNan);
+          Twin<float> aims(2, -7), coefficients(3, -7), Z(m * w, -7);
+          Twin<int> counts({1, -7});
+          const auto make = [&](bool on) {
+            auto* row = reinterpret_cast<Ledger*>(ledger.at(on));
+            return Windows{q.at(on),
+                           gq.at(on),
+                           yq.at(on),
+                           moments_.at(on),
+                           traces_.at(on),
+                           m,
+                           w,
+                           5,
+                           grid.at(on),
+                           table.at(on),
+                           window.at(on),
+                           row,
+                           aims.at(on),
+                           coefficients.at(on),
+                           Z.at(on),
+                           counts.at(on)};
+          };
+          run_both(make, 1, threads);
+          failures += ledger.differences(1e-9) + aims.differences(1e-6) + coefficients.differences(0);
+          failures += counts.differences(0) + Z.differences(1e-5);
+        }
       }
     }
   }
@@ -177,6 +372,9 @@ int main() {
       {"masks.h", count_failures()},
       {"jacobi.h, w up to 32", eigen_failures<32>()},
       {"jacobi.h, w up to 64", eigen_failures<64>()},
+      {"basis.h", basis_failures()},
+      {"spectrum.h", small_failures()},
+      {"window.h", window_failures()},
   };
   int failures = 0;
   for (const auto& [name, wrong] : results) {
