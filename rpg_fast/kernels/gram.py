@@ -38,9 +38,11 @@ from rpg_fast.kernels.weights import (
 )
 
 BLOCK = 64
-CHUNK = 1024  # columns of X behind one partial tile
-GRAM_TILE = {"RUN": 256, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-TABLE_COLUMNS = tl.constexpr(5)
+RUN = 256
+CHUNK = 1024  # columns of X behind one partial tile; more where a matrix has tiles enough to keep a GPU busy
+BUSY = 512
+GRAM_TILE = {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+TABLE_COLUMNS = tl.constexpr(6)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class GramClass:
 
 @dataclass(frozen=True)
 class GramPlan:
-    """``table``: int64 [B, 5], of each matrix m, n, pitch, its first partial tile, chunks; ``partials``: how many there
-    are; ``copied``: which weights have no unit stride."""
+    """``table``: int64 [B, 6], of each matrix m, n, pitch, its first partial tile, chunks, columns in a chunk;
+    ``partials``: how many partial tiles there are; ``copied``: which weights have no unit stride."""
 
     square: TilePlan
     table: Tensor
@@ -118,7 +120,7 @@ def normalised_grams(weights: Sequence[Tensor]) -> Grams:
         for c in plan.classes:
             _gram_kernel[(len(c.tiles),)](
                 addresses, plan.table, c.tiles, bits, partials,
-                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, BLOCK=BLOCK, CHUNK=CHUNK, **GRAM_TILE,
+                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, BLOCK=BLOCK, RUN=RUN, **GRAM_TILE,
             )  # fmt: skip
         _norms_kernel[(count,)](partials, plan.table, bits, norms, scales, factors, BLOCK=BLOCK, BATCH=8)
         _gather_kernel[(len(plan.square.tiles),)](
@@ -136,9 +138,10 @@ def plan_grams(storages: tuple[Storage, ...], device: torch.device) -> GramPlan:
     square = plan_tiles([layout.m for layout in layouts], block=BLOCK, device=device)
     sides = [triton.cdiv(layout.m, BLOCK) for layout in layouts]
     triangles = [side * (side + 1) // 2 for side in sides]
-    chunks = [triton.cdiv(layout.n, CHUNK) for layout in layouts]
+    lengths = [_chunk_length(layout.n, triangle) for layout, triangle in zip(layouts, triangles, strict=True)]
+    chunks = [triton.cdiv(layout.n, length) for layout, length in zip(layouts, lengths, strict=True)]
     firsts = [0, *itertools.accumulate(t * c for t, c in zip(triangles, chunks, strict=True))]
-    table = [(x.m, x.n, x.pitch, first, c) for x, first, c in zip(layouts, firsts, chunks, strict=False)]
+    table = [(x.m, x.n, x.pitch, firsts[b], chunks[b], lengths[b]) for b, x in enumerate(layouts)]
     members: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
     for b, layout in enumerate(layouts):
         members.setdefault((layout.dtype, layout.rows, layout.aligned), []).append(b)
@@ -154,6 +157,13 @@ def plan_grams(storages: tuple[Storage, ...], device: torch.device) -> GramPlan:
         classes=tuple(classes),
         copied=tuple(layout is None for layout in found),
     )
+
+
+def _chunk_length(n: int, triangle: int) -> int:
+    """Columns of X behind each partial tile of a matrix of `triangle` lower tiles: the same whatever else there is."""
+    chunks = min(triton.cdiv(n, CHUNK), max(1, BUSY // triangle))
+    length: int = triton.cdiv(triton.cdiv(n, chunks), RUN) * RUN
+    return length
 
 
 def _lower(tiles: Tensor) -> Tensor:
@@ -179,7 +189,7 @@ def _finite(bits):
 @triton.jit
 def _statistics_kernel(
     addresses_ptr,  # int64 [B]
-    table_ptr,  # int64 [B, 5]
+    table_ptr,  # int64 [B, 6]
     elements_ptr,  # int32 [S, 3]
     bits_ptr,  # int32 [B], zeroed: max |w| as the bits of a float, which order like integers, NaN above all
     zeros_ptr,  # int64 [B], zeroed
@@ -208,7 +218,7 @@ def _load_pair(base, pitch, i, j, m, n, scale, TYPE: tl.constexpr, ROWS: tl.cons
 @triton.jit
 def _gram_kernel(
     addresses_ptr,  # int64 [B]
-    table_ptr,  # int64 [B, 5]
+    table_ptr,  # int64 [B, 6]
     tiles_ptr,  # int32 [T, 4]
     bits_ptr,  # int32 [B]
     partials_ptr,  # fp32 [P, BLOCK, BLOCK]
@@ -216,20 +226,21 @@ def _gram_kernel(
     ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tiles_ptr + 4 * tl.program_id(0)
     b, i, j, chunk = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    base, m, n, pitch = matrix_at(tl.load(addresses_ptr + b), table_ptr + TABLE_COLUMNS * b, TYPE, ROWS, ALIGNED)
+    layout = table_ptr + TABLE_COLUMNS * b
+    base, m, n, pitch = matrix_at(tl.load(addresses_ptr + b), layout, TYPE, ROWS, ALIGNED)
     bits = tl.load(bits_ptr + b)
     scale = _scale(bits)
     left = i * BLOCK + tl.arange(0, BLOCK)
     right = j * BLOCK + tl.arange(0, BLOCK)
     inner = tl.arange(0, BLOCK_K)
-    start = chunk * CHUNK
-    stop = tl.where(_finite(bits), tl.minimum(start + CHUNK, n), start)
+    length = tl.multiple_of(tl.load(layout + 5).to(tl.int32), RUN)  # else no wide loads
+    start = chunk * length
+    stop = tl.where(_finite(bits), tl.minimum(start + length, n), start)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for run in range(start, stop, RUN):
         main = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -242,9 +253,7 @@ def _gram_kernel(
                 cross = tl.dot(left_lo, right_hi.T, cross)
             main = tl.dot(left_hi, right_hi.T, main)  # last: with it first, Triton 3.6 fails to compile for sm_100
         total += main + cross * LO_UNIT
-    first = tl.load(table_ptr + TABLE_COLUMNS * b + 3)
-    chunks = tl.load(table_ptr + TABLE_COLUMNS * b + 4)
-    partial = first + (i * (i + 1) // 2 + j) * chunks + chunk
+    partial = tl.load(layout + 3) + (i * (i + 1) // 2 + j) * tl.load(layout + 4) + chunk
     span = tl.arange(0, BLOCK)
     tl.store(partials_ptr + partial * (BLOCK * BLOCK) + span[:, None] * BLOCK + span[None, :], total)
 
@@ -252,7 +261,7 @@ def _gram_kernel(
 @triton.jit
 def _norms_kernel(
     partials_ptr,  # fp32 [P, BLOCK, BLOCK]
-    table_ptr,  # int64 [B, 5]
+    table_ptr,  # int64 [B, 6]
     bits_ptr,  # int32 [B]
     norms_ptr,  # float64 [B]
     scales_ptr,  # fp32 [B]
@@ -291,7 +300,7 @@ def _norms_kernel(
 @triton.jit
 def _gather_kernel(
     partials_ptr,  # fp32 [P, BLOCK, BLOCK]
-    table_ptr,  # int64 [B, 5]
+    table_ptr,  # int64 [B, 6]
     tiles_ptr,  # int32 [T, 5], of the TilePlan
     factors_ptr,  # fp32 [B]
     pairs_ptr,  # fp16 [2, numel]
