@@ -29,9 +29,10 @@ class Row:
     @property
     def representative(self) -> bool:
         """Whether it does the whole job, as well as others do."""
-        error = self.facts.get("gradient_error", 0.0)
-        good = error <= FP32_GRADE if self.role == "ours" else self.facts.get("accurate", True)
-        return bool(good) and self.facts.get("calls", 1) == 1
+        good = not self.facts.get("inaccurate", False)
+        if self.role == "ours":
+            good = good and self.facts.get("gradient_error", 0.0) <= FP32_GRADE
+        return good and self.facts.get("calls", 1) == 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -231,6 +231,26 @@ class Race:
                 self.missing[name] = f"no CUDA graph: {_reason(error)}"
             else:
                 yield replace(contestant, name=name, run=_replay(graph, result), graph=False)
+
+
+@dataclass
+class Pace:
+    """What races along a curve have taken so far, to tell who would take too long at the next point. The cost of a
+    point grows by no more than anybody's time does where the device is busy."""
+
+    began: float = field(default_factory=time.monotonic)
+    seconds_per_cost: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    def missing(self, name: str, cost: float, budget: float) -> str:
+        """Why a contestant is left out at a point of this cost; empty if it is not."""
+        rate, where = self.seconds_per_cost.get(name, (0.0, ""))
+        if rate * cost <= budget:
+            return ""
+        return f"expected to take more than {rate * cost:.3g} s, by {where}; a call has {budget:g} s"
+
+    def learn(self, race: Race, cost: float) -> None:
+        for name, laps in race.laps.items():
+            self.seconds_per_cost[name] = (min(laps) / cost, race.title)
 
 
 def _reason(error: Exception) -> str:

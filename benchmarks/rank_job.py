@@ -46,7 +46,7 @@ class Outcome:
         loss = abs(self.loss - self.wanted_loss) / abs(self.wanted_loss)
         pairs = zip(self.gradients, self.wanted_gradients, strict=True)
         gradient = max(relative_error(got, want) for got, want in pairs)
-        return {"loss_error": loss, "gradient_error": gradient, "accurate": gradient <= INACCURATE}
+        return {"loss_error": loss, "gradient_error": gradient, "inaccurate": gradient > INACCURATE}
 
 
 def in_float64(weights: Sequence[Tensor], tail_energy: float = TAIL_ENERGY) -> tuple[float, list[Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import rpg_fast
 from benchmarks import peers, work
 from benchmarks.conftest import NOT_MEASURED, Scale
-from benchmarks.race import Contestant, Race, entries
+from benchmarks.race import Contestant, Pace, Race, entries
 from benchmarks.rank_job import POWER, TAIL_ENERGY, Outcome, RankJob, agree
 from benchmarks.rates import Rates
 from benchmarks.work import Side
@@ -83,28 +83,6 @@ POINTS = [
 ]
 
 
-@dataclass
-class Pace:
-    """What has been measured so far, to tell what will take too long."""
-
-    began: float = field(default_factory=time.monotonic)
-    seconds_per_cost: dict[str, tuple[float, str]] = field(default_factory=dict)
-
-    def missing(self, name: str, point: Point, budget: float) -> str:
-        """Why a contestant is left out; empty if it is not."""
-        rate, where = self.seconds_per_cost.get(name, (0.0, ""))
-        expected = rate * point.cost
-        if expected <= budget:
-            return ""
-        return (
-            f"expected to take more than {expected:.3g} s, by its time at {where}; the budget of a call is {budget:g} s"
-        )
-
-    def learn(self, race: Race, point: Point) -> None:
-        for name, laps in race.laps.items():
-            self.seconds_per_cost[name] = (min(laps) / point.cost, point.name)
-
-
 def sparse_weights(shapes: tuple[Side, ...], device: torch.device) -> list[Tensor]:
     """Normal values of which only those in the tails stay, SPARSITY of zeros to within chance."""
     generator = torch.Generator(device).manual_seed(0)
@@ -161,13 +139,13 @@ def race(request: pytest.FixtureRequest, scale: Scale, rates: Rates | None, pace
         pytest.skip(missing)
     job = RankJob(sparse_weights(point.shapes, scale.device))
     budget = BUDGET_S[scale.device.type]
-    entrants = [replace(c, missing=pace.missing(c.name, point, budget)) for c in contestants(job, scale)]
+    entrants = [replace(c, missing=pace.missing(c.name, point.cost, budget)) for c in contestants(job, scale)]
     m, n = max(job.shapes)
     details = {"m": m, "n": n, "batch": len(job.shapes), "one_shape": len(set(job.shapes)) == 1}
     limits = {"seconds": POINT_S, "slow": SLOW_S}
     race = Race(title, entrants, agree_on_exact, full=scale.full, rates=rates, details=details, **limits)
     yield race
-    pace.learn(race, point)
+    pace.learn(race, point.cost)
 
 
 def why_not(point: Point, device: torch.device, elapsed: float) -> str:

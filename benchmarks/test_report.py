@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measured, plots, report
+from benchmarks import measured, report
 
 HERE = Path(__file__).parent
 
@@ -62,6 +62,47 @@ def test_table_between_the_markers(results: Path, tmp_path: Path) -> None:
     assert "| a loop | 2 s | ran once | 40x |" in complete
     assert "| `rpg_fast.thing` (C++) | **50 ms** | 45 ms to 60 ms | |" in complete
     assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in complete
+
+
+def growth_entry(m: int, n: int, batch: int, contestant: str, median: float) -> dict[str, Any]:
+    role = "ours" if contestant.startswith("rpg_fast") else "peer"
+    work = {"flops": 1e9, "bytes": 1e7, "flops_per_s": 1e9 / median, "arithmetic": "fp32", "bound_s": 0.01}
+    work |= {"of_matrix_rate": 0.5, "of_copy_rate": 0.1, "bound_by": "matrix rate"}
+    missing = {"a slow one": "would take an hour"}
+    shape = {"m": m, "n": n, "batch": batch, "one_shape": True, "missing": missing}
+    return entry(contestant, role, median, **shape, **work) | {"group": f"growth, {batch} of {m} x {n}"}
+
+
+def test_a_folder_with_growth_errors_and_work(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    content = json.loads(results.read_text())
+    (folder / "rank.json").write_text(json.dumps(content))
+    (folder / "summary.json").write_text('{"stages": []}')
+    names = ("a loop", "a slow one", "rpg_fast.thing")
+    points = [(64, 64, 1), (128, 128, 1), (64, 256, 1), (128, 512, 1), (128, 512, 8)]
+    grown = [growth_entry(*p, name, 1e-3 * p[0] * p[2]) for p in points for name in names]
+    grown = [e for e in grown if e["name"] != "a slow one" or e["extra_info"]["m"] == 64]
+    errors = {"loss_error": 1e-6, "gradient_error": 2e-5}
+    compared = [entry(name, "peer", 0.1 * i, **errors) for i, name in enumerate(("one", "two"), 1)]
+    compared = [e | {"group": "rank loss, error against time, a job"} for e in compared]
+    content["machine_info"] |= {
+        "rates": {"copy": 5e10, "matrix": {"fp32": 1e11}},
+        "not_measured": {"growth, 512 of 4096 x 4096": "needs 300 GiB"},
+    }
+    content["benchmarks"] = [*grown, *compared]
+    (folder / "growth.json").write_text(json.dumps(content))
+
+    assert report.main([str(folder), "--images", str(tmp_path / "images")]) == 0
+    text = (folder / "gpu.md").read_text()
+    assert "| 8 of 128 x 512 | 1.02 s | [1] | 1.02 s |" in text
+    assert "| 512 of 4096 x 4096 | [2] | [2] | [2] |" in text
+    assert "[1] would take an hour" in text
+    assert "needs 300 GiB" in text
+    assert "| one | 100 ms | 1.0e-06 | 2.0e-05 |" in text
+    assert "copy 50 GB/s, read and written; products fp32 100 GFLOP/s" in text
+    pictures = {path.name for path in (tmp_path / "images").iterdir()}
+    assert pictures == {"bench_gpu.png", "growth_gpu.png", "error_gpu.png", "roofline_gpu.png"}
 
 
 def test_missing_markers_and_foreign_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

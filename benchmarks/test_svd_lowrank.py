@@ -16,8 +16,7 @@ from torch import Tensor
 
 import rpg_fast
 from benchmarks.conftest import NOT_MEASURED, Scale
-from benchmarks.race import Contestant, Race, entries
-from benchmarks.test_growth import Pace
+from benchmarks.race import Contestant, Pace, Race, entries
 from rpg_fast import spectrum
 from tests.cases import resnet50_convolutions, seeded
 
@@ -187,11 +186,11 @@ def race(request: pytest.FixtureRequest, scale: Scale, pace: Pace) -> Iterator[R
     matrices = make(point.shapes, scale.device)
     entrants = contestants(point, matrices, scale.device)
     if scale.full:
-        entrants = [replace(c, missing=pace.missing(c.name, point, BUDGET_S[kind])) for c in entrants]
+        entrants = [replace(c, missing=pace.missing(c.name, point.cost, BUDGET_S[kind])) for c in entrants]
     limits = {"seconds": POINT_S[kind], "slow": SLOW_S[kind]}
     race = Race(title, entrants, agree_on(matrices, point.q), full=scale.full, **limits)
     yield race
-    pace.learn(race, point)
+    pace.learn(race, point.cost)
 
 
 @pytest.mark.parametrize("name", entries(NAMES))
