@@ -101,10 +101,10 @@ _define(
     ),
 )
 _define(
-    "rank_attach(Tensor[] weights, Tensor loss, Tensor projector, Tensor inv_norms, Tensor shares, bool fast=False)"
+    "rank_attach(Tensor[] weights, Tensor loss, Tensor projector, Tensor inv_norms, Tensor shares, bool fast)"
     " -> Tensor",
-    lambda weights, loss, projector, inv_norms, shares, fast=False: loss.clone(),
-    lambda weights, loss, projector, inv_norms, shares, fast=False: torch.empty_like(loss),
+    lambda weights, loss, projector, inv_norms, shares, fast: loss.clone(),
+    lambda weights, loss, projector, inv_norms, shares, fast: torch.empty_like(loss),
 )
 _define(
     "rank_apply(Tensor[] weights, Tensor projector, Tensor inv_norms, Tensor shares, Tensor weight, bool fast=False)"

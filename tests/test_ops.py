@@ -61,13 +61,14 @@ def attach_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Argumen
     weights = rank_weights(device, dtype)
     projector, inv_norms, shares = spectra(weights)
     loss = projector.new_full((), -0.1)
-    yield [weights, loss, projector, inv_norms, shares]
+    yield [weights, loss, projector, inv_norms, shares, False]
     yield [
         [w.clone(memory_format=torch.preserve_format).requires_grad_() for w in weights],
         loss,
         projector,
         inv_norms,
         shares,
+        True,
     ]
 
 
