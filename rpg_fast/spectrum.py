@@ -46,7 +46,8 @@ def svd_lowrank(
     Returns:
         U [..., m, q], S [..., q] descending, V [..., n, q] with A ~ U diag(S) V^T, in A's dtype; lists of them for a
         list. U and V are orthonormal, whatever A's rank. A matrix with NaN or inf gives NaN in its own triplets only.
-        On CUDA the host waits once for each shape (`torch.linalg.eigh` and `svd` do).
+        On CUDA the host waits once for each shape (`torch.linalg.eigh` and `svd` do), and float32 products have the
+        precision that `torch.set_float32_matmul_precision` allows.
 
     Raises:
         ValueError: q or niter out of range, fewer than two dimensions. TypeError: no real floating-point tensor.
@@ -134,19 +135,25 @@ def _svd_lowrank(A: Tensor, q: int, niter: int, generator: torch.Generator | Non
 def _by_svd(X: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
     finite = X.isfinite().all(-1).all(-1)[..., None, None]
     U, S, Vh = torch.linalg.svd(torch.where(finite, X, 0.0), full_matrices=False)
-    return _cut(U, S, Vh.mT, q, finite)
+    U, S, V = U[..., :q], S[..., :q], Vh[..., :q, :].mT
+    return (
+        torch.where(finite, U, torch.nan),
+        torch.where(finite[..., 0], S, torch.nan),
+        torch.where(finite, V, torch.nan),
+    )
 
 
 def _by_qr(X: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     Z, scale = _first_sketch(X, q, generator)
-    Z = torch.linalg.qr(Z).Q  # [..., n, w]
+    Z = torch.linalg.qr(Z).Q.mul_(scale)  # [..., n, w]
     for _ in range(niter):
-        Q = torch.linalg.qr(X @ (Z * scale)).Q  # [..., m, w]
-        Z = torch.linalg.qr(X.mT @ (Q * scale)).Q
-    Q, R = torch.linalg.qr(X @ (Z * scale))  # scale X ~ Q R Z^T
-    finite = R.isfinite().all(-1).all(-1)[..., None, None]
-    small = torch.linalg.svd(torch.where(finite, R, 0.0))  # of [..., w, w]
-    return _cut(Q @ small.U[..., :q], small.S / scale[..., 0], Z @ small.Vh.mT[..., :q], q, finite)
+        Q = torch.linalg.qr(X @ Z).Q.mul_(scale)  # [..., m, w]
+        Z = torch.linalg.qr(X.mT @ Q).Q.mul_(scale)
+    Y = X @ Z  # scale X ~ Y (Z / scale)^T
+    finite = Y.sum((-2, -1), keepdim=True).isfinite()
+    U, S, Vh = torch.linalg.svd(torch.where(finite, Y, 0.0), full_matrices=False)  # of [..., m, w]
+    U, S, V = (torch.where(finite, part, torch.nan)[..., :q] for part in (U, S[..., None, :], Vh.mT))
+    return U, (S / scale).squeeze(-2), Z @ (V / scale)
 
 
 def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,25 +169,16 @@ def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | Non
     Q = _orthonormal(_roughened(Y, generator))
 
     core = Q.mT @ Y.double()  # [..., w, w]; scale X ~ Q core Z^T
-    finite = core.isfinite().all(-1).all(-1)[..., None, None]
+    finite = core.sum((-2, -1), keepdim=True).isfinite()
     core = torch.where(finite, core, 0.0)
     energies, P = torch.linalg.eigh(core.mT @ core)  # ascending
     P = P.flip(-1)[..., :q]
-    S = energies.flip(-1)[..., :q].clamp(min=0).sqrt()
-    missing = (ROUNDING * S[..., :1] >= S)[..., None, :]  # no left vector is left of these
+    S = energies[..., None, :].flip(-1)[..., :q].clamp(min=0).sqrt()  # [..., 1, q]
+    missing = ROUNDING * S[..., :1] >= S  # no left vector is left of these
     noise = torch.randn(P.shape[-2:], dtype=P.dtype, device=P.device, generator=generator)
-    L = _orthonormal(torch.where(missing, noise, core @ P / torch.where(missing, 1.0, S[..., None, :])))
-    return _cut(Q @ L, S / scale[..., 0], Z @ P, q, finite)
-
-
-def _cut(U: Tensor, S: Tensor, V: Tensor, q: int, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading q triplets, NaN where `finite` [..., 1, 1] is false."""
-    nan = torch.nan
-    return (
-        torch.where(finite, U[..., :q], nan),
-        torch.where(finite[..., 0], S[..., :q], nan),
-        torch.where(finite, V[..., :q], nan),
-    )
+    L = _orthonormal(torch.where(missing, noise, core @ P / torch.where(missing, 1.0, S)))
+    L, S, P = (torch.where(finite, part, torch.nan) for part in (L, S, P))
+    return Q @ L, (S / scale).squeeze(-2), Z @ P
 
 
 def _first_sketch(X: Tensor, q: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
