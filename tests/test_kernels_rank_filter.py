@@ -1,4 +1,4 @@
-"""The whole of `rank_filter` by kernels, on the GPU or in Triton's interpreter with the host's blocks, against float64."""
+"""The whole of `rank_filter` by kernels against float64: on the GPU, or in Triton's interpreter with the host's blocks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_cold_start_and_a_warm_call(family: str, sparsity: float) -> None:
 
 
 def test_hostile_weights_in_every_storage() -> None:
-    """In one call: what is zero, not finite, of rank one, of 16 bits, strided, small; and nothing leaks to a neighbour."""
+    """In one call what is zero, not finite, of rank one, of 16 bits, strided, small: nothing leaks to a neighbour."""
     good = cases.make_weight("power-0.5", (80, 9, 3, 3), 0.9)
     broken = good.clone()
     broken[3, 2] = torch.inf
