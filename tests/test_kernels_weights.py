@@ -50,6 +50,7 @@ def test_layout_is_where_the_matrix_lies(shape: tuple[int, ...], layout: str) ->
         (lambda: torch.empty(64, 128)[:, 4:100], True, True),
         (lambda: torch.empty(64, 128)[:, 1:97], True, False),  # an odd address
         (lambda: torch.empty(64, 130)[:, :128], True, False),  # an odd pitch
+        (lambda: torch.empty(64, 132)[:, :130], True, False),  # an odd end
         (lambda: torch.empty(64, 132, dtype=torch.bfloat16), True, False),  # 8 elements make 16 bytes
         (lambda: torch.empty(64, 136, dtype=torch.float16), True, True),
         (lambda: torch.empty(1, 64), True, True),
