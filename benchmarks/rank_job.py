@@ -30,7 +30,7 @@ class Limits:
 
 EXACT = Limits(TOLERANCES["exact", torch.float32].loss, TOLERANCES["exact", torch.float32].gradient)
 POWER = Limits(2e-5, 3e-4)
-FAST = Limits(1e-3, 5e-2)
+FAST = Limits(2e-5, 1e-3)
 
 
 @dataclass
@@ -177,6 +177,6 @@ class RankJob:
         assert state.windows is not None
         stages = work.filter_stages(self.weights, state.windows)
         arithmetic = {"arithmetic": "fp16"} if self.on_gpu else {"arithmetic": "fp64", "split": 1}
-        once = work.power(self.shapes, stages, **(arithmetic | ({"split": 1} if precision == "fast" else {})))
+        once = work.power(self.shapes, stages, fast=precision == "fast", **arithmetic)
         again = work.reused(self.shapes, **arithmetic)
         return work.mixture([(1 / refresh_every, once), (1 - 1 / refresh_every, again)])

@@ -89,5 +89,7 @@ def test_work_of_the_methods() -> None:
     assert direct.bytes == 4 * 4 * m * n  # weights twice, gradients read and written
     filtered = power([(m, n)], [6])
     assert filtered.flops == {"fp16": 3 * (3 * m * m * n + 20 * m**3 + 4 * 2 * m * m * 32)}
+    fast = power([(m, n)], [6], fast=True)
+    assert filtered.flops["fp16"] - fast.flops["fp16"] == 2 * 2 * m * m * n
     assert power([(64, n)], [6]).flops == {"fp16": 3 * 3 * 64 * 64 * n}
     assert published([(m, n)]).flops["fp32"] > direct.flops["fp64"]

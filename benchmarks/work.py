@@ -76,17 +76,25 @@ def _moved(shapes: Sequence[Side], itemsize: int) -> float:
 
 
 def power(
-    shapes: Sequence[Side], stages: Sequence[int], *, arithmetic: str = "fp16", split: int = SPLIT, itemsize: int = 4
+    shapes: Sequence[Side],
+    stages: Sequence[int],
+    *,
+    fast: bool = False,
+    arithmetic: str = "fp16",
+    split: int = SPLIT,
+    itemsize: int = 4,
 ) -> Work:
     """A call of the filtered power iteration that one round resolves: Gram matrix and its square, three symmetric
     products a stage (but the first, whose square is known), the window's indicator and the last polish, the thin
-    products, the gradient; `split` products in `arithmetic` for each. Of a small matrix, Gram matrix and gradient."""
-    products = 0.0
+    products, the gradient; `split` products in `arithmetic` for each, one for a `fast` gradient. Of a small matrix,
+    Gram matrix and gradient."""
+    products, gradient = 0.0, 0.0
     for (m, n), s in zip(shapes, stages, strict=True):
-        products += 3 * m * m * n  # Gram matrix, gradient
+        products += m * m * n
+        gradient += 2 * m * m * n
         if m > filtered.SMALL:
             products += (2 + 3 * s) * m**3 + THIN * 2 * m * m * filtered.WIDTH
-    return Work({arithmetic: products * split}, _moved(shapes, itemsize))
+    return Work({arithmetic: products * split + gradient * (1 if fast else split)}, _moved(shapes, itemsize))
 
 
 def reused(shapes: Sequence[Side], *, arithmetic: str = "fp16", split: int = SPLIT, itemsize: int = 4) -> Work:
