@@ -127,3 +127,8 @@ def scaled(value: float, units: dict[str, float]) -> str:
             break
     number = value / size
     return f"{number:.0f} {unit}" if number >= 99.5 else f"{number:.3g} {unit}"
+
+
+def times(ratio: float) -> str:
+    """Two digits: 0.91x, 8.7x, 9,800x."""
+    return f"{float(f'{ratio:.2g}'):,.15g}x"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import FP32_GRADE, Results, Row, scaled, seconds
+from benchmarks.measured import FP32_GRADE, Results, Row, scaled, seconds, times
 
 COLOURS = {"ours": "#c2410c", "peer": "#475569", "bound": "#94a3b8"}
 # Okabe and Ito's colours, which colour-blind eyes tell apart; markers and labels do, too.
@@ -100,7 +100,7 @@ def _race(axis: Any, title: str, rows: list[Row]) -> None:
         axis.plot(row.median / unit, y, "o", color=colour, markersize=6.5)
         label = seconds(row.median)
         if row.role != "ours":
-            label += f"   {row.median / unit:.2g}x"
+            label += f"   {times(row.median / unit)}"
         axis.annotate(label, (spread[1], y), (9, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
@@ -248,6 +248,9 @@ def _ceilings(axis: Any, matrix: dict[str, float], copy: float, left: float, rig
     right = max(right, 3 * highest / copy)
     axis.plot([left, highest / copy], [left * copy, highest], **look)
     axis.annotate(f"copy, {scaled(copy, {'TB/s': 1e12, 'GB/s': 1e9})}", (left, left * copy), (10, 2), **text)
-    for name, rate in matrix.items():
+    before, place = 0.0, right
+    for name, rate in sorted(matrix.items(), key=lambda item: item[1]):
         axis.plot([rate / copy, right], [rate, rate], **look)
-        axis.annotate(f"{name}, {scaled(rate, RATES)}", (right, rate), (0, 3), ha="right", **text)
+        place = right if rate > 1.5 * before else place / 10  # beside the label of a roof that is as high
+        axis.annotate(f"{name}, {scaled(rate, RATES)}", (place, rate), (0, 3), ha="right", **text)
+        before = rate

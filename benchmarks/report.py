@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.measured import Results, Row, read, scaled, seconds
+from benchmarks.measured import Results, Row, read, scaled, seconds, times
 
 FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -32,7 +32,7 @@ def summary(results: Results) -> str:
         usual, best = peers[0], _fastest(peers)
         ours = _fastest(mine)
         cells = [f"{row.name}: {seconds(row.median)}" for row in (usual, best)]
-        ratios = f"**{ours.faster[usual.name]:.2g}x**, {ours.faster[best.name]:.2g}x"
+        ratios = f"**{times(ours.faster[usual.name])}**, {times(ours.faster[best.name])}"
         lines.append(f"| {title} | {' | '.join(cells)} | `{ours.name}`: **{seconds(ours.median)}** | {ratios} |")
     return "\n".join([*lines, "", results.footer()])
 
@@ -41,8 +41,8 @@ def _fastest(rows: list[Row]) -> Row:
     return min((row for row in rows if row.representative), key=lambda row: row.median, default=rows[0])
 
 
-def times(results: Results) -> list[str]:
-    """A line a contestant: the median, the range, and how many times faster ours are, in their order."""
+def races(results: Results) -> list[str]:
+    """A line a contestant: the median, the range, and how many times faster the fastest of ours is."""
     lines = ["| | median | min to max | rpg_fast is faster by |", "|---|---|---|---|"]
     for title, rows in results.races().items():
         ours = [row for row in rows if row.role == "ours"]
@@ -53,8 +53,8 @@ def times(results: Results) -> list[str]:
             if row.role == "ours":
                 lines.append(f"| `{row.name}`{detail} | **{seconds(row.median)}** | {spread} | |")
             else:
-                ratios = " / ".join(f"{mine.faster[row.name]:.2g}x" for mine in ours)
-                lines.append(f"| {row.name}{detail} | {seconds(row.median)} | {spread} | {ratios} |")
+                ratio = times(_fastest(ours).faster[row.name]) if ours else ""
+                lines.append(f"| {row.name}{detail} | {seconds(row.median)} | {spread} | {ratio} |")
         lines += [f"| {name} | | {reason} | |" for name, reason in results.missing.get(title, {}).items()]
     return lines
 
@@ -134,7 +134,7 @@ def ceilings(results: Results) -> list[str]:
 
 def table(results: Results) -> str:
     """Markdown: all there is to tell."""
-    parts = [times, costs, errors, growth, ceilings]
+    parts = [races, costs, errors, growth, ceilings]
     return "\n".join([*(line for part in parts for line in part(results)), "", results.footer()])
 
 
