@@ -16,6 +16,8 @@ Conventions of the table
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -231,4 +233,24 @@ _define(
     _no_output,
 )
 
+
+# ------------------------------------------------------------ backends
+
+
+def _serve_by_triton() -> None:
+    """Registers the launchers of `rpg_fast.kernels` for CUDA. They, and Triton, are imported when first called."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    served = {"rank_apply": "apply", "rank_apply_": "apply"}
+    if has_kernel("filter_conclude_", "CUDA"):  # the blocks between the products, without which the host would read
+        served["rank_filter"] = "rank_filter"
+
+    def launcher(op: str, module: str) -> Callable[..., Any]:
+        return lambda *args: getattr(importlib.import_module(f"rpg_fast.kernels.{module}"), op)(*args)
+
+    for op, module in served.items():
+        _library.impl(op, launcher(op, module), "CUDA")
+
+
 _extension.load()
+_serve_by_triton()

@@ -312,9 +312,7 @@ class Search:
         tau = step.exp()
         filled = FILL / 2 * WIDTH / found.density.clamp(min=1e-300)
         window = Window(tau, torch.minimum(filled, SEARCH * tau))
-        return Search(
-            window, self.target, self.start, low, high, low_gap, high_gap, x, gap, self.restarted | restart
-        )
+        return Search(window, self.target, self.start, low, high, low_gap, high_gap, x, gap, self.restarted | restart)
 
 
 # ------------------------------------------------------------------------------------------------------------ the op
@@ -376,8 +374,8 @@ def rank_filter(
         by_eigen: the weights that are done by eigendecomposition, beside those with m <= SMALL.
 
     Returns:
-        The six of `rank_project`, then the next windows [B, 2], and bool [B]: not resolved. Such a weight is left out of
-        this call: rank -1, tail energy NaN, a share and a projector of zero.
+        The six of `rank_project`, then the next windows [B, 2], and bool [B]: not resolved. Such a weight is left out
+        of this call: rank -1, tail energy NaN, a share and a projector of zero.
     """
     device = weights[0].device
     target = tail_energy.to(device=device, dtype=torch.float64)

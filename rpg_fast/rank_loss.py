@@ -272,7 +272,7 @@ def _by_power(
     return loss, projector, inv_norms, shares
 
 
-def choose_method(weights: Sequence[Tensor], method: Method = "auto", state: RankState | None = None) -> tuple[str, str]:
+def choose_method(weights: Sequence[Tensor], method: str = "auto", state: RankState | None = None) -> tuple[str, str]:
     """The method that `rank_loss` takes for these weights, and why: ("power", "a GPU, and a state to follow")."""
     if method != "auto":
         return method, "as asked"

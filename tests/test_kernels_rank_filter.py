@@ -1,4 +1,4 @@
-"""The whole of `rank_filter` by kernels against float64: on the GPU, or in Triton's interpreter with the host's blocks."""
+"""The whole of `rank_filter` by kernels against float64: on the GPU, or in the interpreter with blocks on the host."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def gram(W: Tensor) -> Tensor:
     return reference.normalised_gram(W if len(W) <= W[0].numel() else W.mT)[0][None]
 
 
-def filter_alone(W: Tensor, tail_energy: float, window: filtered.Window | None, rounds: int) -> tuple[int, Tensor, float]:
+def filter_alone(
+    W: Tensor, tail_energy: float, window: filtered.Window | None, rounds: int
+) -> tuple[int, Tensor, float]:
     """k (-1: not found), P and e of one matrix, without any eigendecomposition."""
     G = gram(W)
     zero = G.new_zeros(1)

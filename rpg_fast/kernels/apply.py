@@ -30,6 +30,7 @@ from rpg_fast.kernels.weights import (
     grid_table,
     matrix_at,
     matrix_layout,
+    refuse_capture,
     storage_of,
 )
 
@@ -67,8 +68,7 @@ def rank_apply(
     inv_norms: Tensor,
     shares: Tensor,
     weight: Tensor,
-    *,
-    precision: str = "fp32",
+    fast: bool = False,
 ) -> list[Tensor]:
     """`reference.rank_apply` for float32, bfloat16 and float16 weights, rounded once; with float64 it is that function.
 
@@ -77,7 +77,7 @@ def rank_apply(
         projector: float32 [sum m_b^2], symmetric matrices N_b as in `grouping.projector_offsets`.
         inv_norms, shares: float64 [B].
         weight: 0-d, on the CPU or on the device.
-        precision: "fp32" grade, 3e-7 of the gradient's norm, or "fast", 1e-3 of it.
+        fast: with an error of 1e-3 of the gradient's norm, not 3e-7.
 
     Returns:
         One gradient a weight, in its dtype and, where it is dense, in its strides. Zero where share is 0.
@@ -88,7 +88,7 @@ def rank_apply(
     fused = _fused(tuple(map(storage_of, weights)), tuple(map(storage_of, gradients)))
     sources = [w if direct else w.contiguous() for w, direct in zip(weights, fused, strict=True)]
     targets = [g if direct else torch.empty_like(x) for g, x, direct in zip(gradients, sources, fused, strict=True)]
-    _launch(sources, targets, projector, inv_norms, shares, weight, precision, add=(False,) * len(weights))
+    _launch(sources, targets, projector, inv_norms, shares, weight, fast, add=(False,) * len(weights))
     for gradient, target in zip(gradients, targets, strict=True):
         if target is not gradient:
             gradient.copy_(target)
@@ -102,8 +102,7 @@ def rank_apply_(
     inv_norms: Tensor,
     shares: Tensor,
     weight: Tensor,
-    *,
-    precision: str = "fp32",
+    fast: bool = False,
 ) -> None:
     """Adds what `rank_apply` returns to `grads`, of any dtypes and layouts; where share is 0, no bit of them changes.
 
@@ -115,7 +114,7 @@ def rank_apply_(
     fused = _fused(tuple(map(storage_of, weights)), tuple(map(storage_of, grads)))
     sources = [w if direct else w.float().contiguous() for w, direct in zip(weights, fused, strict=True)]
     targets = [g if direct else torch.empty_like(x) for g, x, direct in zip(grads, sources, fused, strict=True)]
-    _launch(sources, targets, projector, inv_norms, shares, weight, precision, add=fused)
+    _launch(sources, targets, projector, inv_norms, shares, weight, fast, add=fused)
     for b, (grad, target) in enumerate(zip(grads, targets, strict=True)):
         if target is not grad:
             grad.copy_(torch.where(shares[b] > 0, grad + target, grad))
@@ -145,13 +144,11 @@ def _launch(
     inv_norms: Tensor,
     shares: Tensor,
     weight: Tensor,
-    precision: str,
+    fast: bool,
     *,
     add: tuple[bool, ...],
 ) -> None:
     """Gradients of all `sources` into `targets`, which lie alike and have the same dtypes; added to those in `add`."""
-    if precision not in ("fp32", "fast"):
-        raise ValueError(f'precision must be "fp32" or "fast", got {precision!r}')
     storages = [tuple(map(storage_of, tensors)) for tensors in (sources, targets)]
     plan = plan_apply(*storages, add, inv_norms.device)
     if not plan.classes:
@@ -163,7 +160,7 @@ def _launch(
         for c in plan.classes:
             _apply_kernel[(len(c.tiles),)](
                 addresses, plan.table, c.tiles, projector, inv_norms, shares, weight,
-                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, ADD=c.add, PAIRS=precision == "fp32", **TILES[c.aligned],
+                TYPE=c.type, ROWS=c.rows, ALIGNED=c.aligned, ADD=c.add, PAIRS=not fast, **TILES[c.aligned],
             )  # fmt: skip
 
 
@@ -183,6 +180,7 @@ def plan_apply(
     sources: tuple[Storage, ...], targets: tuple[Storage, ...], add: tuple[bool, ...], device: torch.device
 ) -> ApplyPlan:
     """The tables of one call, made once for weights and gradients that lie alike; empty weights are in no class."""
+    refuse_capture(device)
     like = torch.empty(0, device=device)
     grids: dict[tuple[str, bool, bool, bool], list[tuple[int, int, int]]] = {}
     table = []

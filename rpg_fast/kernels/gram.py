@@ -34,6 +34,7 @@ from rpg_fast.kernels.weights import (
     grid_table,
     matrix_at,
     matrix_layout,
+    refuse_capture,
     storage_of,
 )
 
@@ -132,6 +133,7 @@ def normalised_grams(weights: Sequence[Tensor]) -> Grams:
 @functools.lru_cache(maxsize=64)
 def plan_grams(storages: tuple[Storage, ...], device: torch.device) -> GramPlan:
     """The tables of `normalised_grams`, made once for weights that lie alike."""
+    refuse_capture(device)
     like = torch.empty(0, device=device)
     found = [matrix_layout(storage, storage) for storage in storages]
     layouts = [layout or copied_layout(storage) for layout, storage in zip(found, storages, strict=True)]

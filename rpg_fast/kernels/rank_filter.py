@@ -27,7 +27,7 @@ from rpg_fast import filtered, grouping, reference
 from rpg_fast.kernels import filter as steps
 from rpg_fast.kernels import thin
 from rpg_fast.kernels.gram import Grams, normalised_grams
-from rpg_fast.kernels.weights import DTYPES, device_table
+from rpg_fast.kernels.weights import DTYPES, device_table, refuse_capture
 from rpg_fast.ledger import COLUMNS
 
 # Columns of the ledger.
@@ -51,6 +51,7 @@ class Roles:
 def roles_of(
     shapes: tuple[tuple[int, ...], ...], min_sparsity: float, by_eigen: tuple[int, ...], device: torch.device
 ) -> Roles:
+    refuse_capture(device)
     like = torch.empty(0, device=device)
     weights = [torch.empty(shape, device="meta") for shape in shapes]
     short = [grouping.short_side(w) for w in weights]

@@ -47,11 +47,16 @@ class MatrixLayout(NamedTuple):
 
 def device_table(like: Tensor, values: Sequence[int]) -> Tensor:
     """`values` as int64 [n] on the device of `like`; on CUDA neither a synchronisation nor a copy from the host."""
-    op = getattr(torch.ops.rpg_fast, "device_table", None)
-    if op is not None:
-        table: Tensor = op(like, list(values))
-        return table
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+    table: Tensor = torch.ops.rpg_fast.device_table(like, list(values))
+    return table
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph is captured: tables that are kept must be there before the graph runs."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call with these weights is captured in a CUDA graph: call once before, to make their tables"
+        )
 
 
 def storage_of(tensor: Tensor) -> Storage:
