@@ -62,20 +62,22 @@ def peers_on_cpu(job: RankJob, pool: Any) -> list[Contestant]:
 def peers_on_gpu(job: RankJob) -> list[Contestant]:
     """The published loop with each driver of cuSOLVER, batches of eigendecompositions, and both compiled."""
     weights = job.weights
+    svd = partial(work.published, job.shapes)
     contestants = [
-        job.peer(name, partial(peers.svd_loop, weights, TAIL_ENERGY, driver), work=lambda: work.published(job.shapes))
+        job.peer(name, partial(peers.svd_loop, weights, TAIL_ENERGY, driver), work=svd)
         for name, driver in zip(PUBLISHED_ON_GPU, DRIVERS, strict=True)
     ]
     layer = torch.compile(peers.published_layer, dynamic=True)
     loop = partial(peers.svd_loop, weights, TAIL_ENERGY, DRIVERS[0], layer)
-    contestants.append(job.peer(PUBLISHED_ON_GPU[0] + COMPILED, loop, compiles=True))
+    contestants.append(job.peer(PUBLISHED_ON_GPU[0] + COMPILED, loop, compiles=True, work=svd))
     batches = torch.compile(peers.gram_eigh_batches)
     for name, solver, dtype in ((TORCH, "fp64", torch.float64), (TORCH_FP32, "fp32", torch.float32)):
         setting = "one batch for each short side"
         cost = work.eigendecomposition(job.shapes, solver=solver)
         plain, compiled = (partial(f, weights, TAIL_ENERGY, dtype) for f in (peers.gram_eigh_batches, batches))
-        contestants.append(job.peer(name, plain, setting=setting, work=lambda cost=cost: cost))
-        contestants.append(job.peer(name + COMPILED, compiled, setting=setting, compiles=True))
+        options = {"setting": setting, "work": lambda cost=cost: cost}
+        contestants.append(job.peer(name, plain, **options))
+        contestants.append(job.peer(name + COMPILED, compiled, compiles=True, **options))
     return contestants
 
 
