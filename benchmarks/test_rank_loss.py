@@ -68,7 +68,8 @@ def peers_on_gpu(job: RankJob) -> list[Contestant]:
         for name, driver in zip(PUBLISHED_ON_GPU, DRIVERS, strict=True)
     ]
     layer = torch.compile(peers.published_layer, dynamic=True)
-    loop = partial(peers.svd_loop, weights, TAIL_ENERGY, DRIVERS[0], layer)
+    every_shape = torch._dynamo.config.patch(recompile_limit=64)  # with the default of 8, later layers run eagerly
+    loop = every_shape(partial(peers.svd_loop, weights, TAIL_ENERGY, DRIVERS[0], layer))
     contestants.append(job.peer(PUBLISHED_ON_GPU[0] + COMPILED, loop, compiles=True, work=svd))
     batches = torch.compile(peers.gram_eigh_batches)
     for name, solver, dtype in ((TORCH, "fp64", torch.float64), (TORCH_FP32, "fp32", torch.float32)):
