@@ -89,6 +89,11 @@ RPG_FAST_HOST_DEVICE void thin_product(const Block& block, const float* X, const
   }
 }
 
+template <class Block>
+RPG_FAST_HOST_DEVICE void clear(const Block& block, int64_t numel, float* out) {
+  for (int64_t i = block.lane(); i < numel; i += block.count()) out[i] = 0;
+}
+
 /// The place of the largest of those values [w] that are not yet done; the first one of equals. NaN is the largest.
 template <class Block>
 RPG_FAST_HOST_DEVICE int largest_of(const Block& block, const double* values, int w, uint64_t done) {
@@ -162,6 +167,7 @@ RPG_FAST_HOST_DEVICE void range_basis(const Block& block, const float* Z, int m,
                                       float* Q) {
   lower_product(block, Z, Z, m, w, work.partials, work.factor);
   const int rank = factorise<true>(block, w, 0, floor, work);
+  if (rank == 0) return clear(block, static_cast<int64_t>(m) * w, Q);  // zero times NaN would be NaN
   double* T = work.eigen.A;
   for (int item = block.lane(); item < w * w; item += block.count()) {
     const int c = item / w, k = item % w;
@@ -204,6 +210,10 @@ RPG_FAST_HOST_DEVICE Principal principal_basis(const Block& block, const float* 
 
   Principal result{0, 0};
   while (result.found < rank && eigen.values[result.found] > floor) result.energy += eigen.values[result.found++];
+  if (result.found == 0) {
+    clear(block, static_cast<int64_t>(m) * w, Q);
+    return result;
+  }
   double* T = eigen.A;
   for (int item = block.lane(); item < w * w; item += block.count()) {
     const int c = item / w, k = item % w;

@@ -65,7 +65,10 @@ void launch_threads(int count, const Kernel& kernel) {
   std::vector<std::thread> threads;
   threads.reserve(count);
   for (int lane = 0; lane < count; ++lane) {
-    threads.emplace_back([&, lane] { kernel(Block(lane, count, barrier)); });
+    threads.emplace_back([&, lane] {
+      kernel(Block(lane, count, barrier));
+      barrier.arrive_and_drop();  // nobody waits for a thread that took another way, as under the test of the barriers
+    });
   }
   for (std::thread& thread : threads) thread.join();
 }
