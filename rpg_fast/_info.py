@@ -12,6 +12,8 @@ import torch
 
 import rpg_fast
 from rpg_fast import _extension, _ops
+from rpg_fast.rank_loss import choose_method
+from rpg_fast.spectrum import svd_method
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
 
@@ -57,6 +59,17 @@ def backend_table() -> dict[str, dict[str, str]]:
     return {op: {device: backend(op, device) for device in DEVICES} for op in op_names()}
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """What the public functions take where they may choose: function -> device type -> the way, and why."""
+    found: dict[str, dict[str, str]] = {"rank_loss": {}, "svd_lowrank": {}}
+    for device in DEVICES:
+        method, why = choose_method("auto", device)
+        found["rank_loss"][device] = f"{method}: {why}"
+        ways = {q: svd_method((1, 512, 4608), q, device=torch.device(device)) for q in (16, 256)}
+        found["svd_lowrank"][device] = ", ".join(f"{way} for {q} of 512 x 4608" for q, way in ways.items())
+    return found
+
+
 def _cuda_devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
@@ -88,6 +101,7 @@ def collect() -> dict[str, Any]:
         "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "cuda": _cuda_devices()},
         "extension": {"loaded": extension.loaded, "reason": extension.reason, "facts": extension.facts},
         "build": extension.record,
+        "choices": choices(),
         "ops": backend_table(),
     }
 
@@ -108,6 +122,7 @@ def render(report: dict[str, Any]) -> str:
         *(("device cuda", device) for device in devices["cuda"] or ["none"]),
         ("build", outcome),
         ("kernels", "loaded" if extension["loaded"] else f"not loaded: {extension['reason']}"),
+        *((f"{name}, {device}", way) for name, row in report["choices"].items() for device, way in row.items()),
     ]
     ops = [("op", *DEVICES), *((op, *(row[device] for device in DEVICES)) for op, row in report["ops"].items())]
     return "\n".join([*_columns(facts), "", *_columns(ops)])

@@ -230,7 +230,8 @@ def _spectra(
             return state._spectra
     target = _scalar("tail_energy", tail_energy, weights[0].device)
     matrices = [w.detach() for w in weights]
-    chosen, _ = choose_method(weights, method, state)
+    double = any(w.dtype == torch.float64 for w in weights)
+    chosen, _ = choose_method(method, target.device.type, float64=double, state=state is not None)
     if chosen == "power":
         spectra = _by_power(matrices, target, min_sparsity, state, generator)
     else:
@@ -272,19 +273,28 @@ def _by_power(
     return loss, projector, inv_norms, shares
 
 
-def choose_method(weights: Sequence[Tensor], method: str = "auto", state: RankState | None = None) -> tuple[str, str]:
-    """The method that `rank_loss` takes for these weights, and why: ("power", "a GPU, and a state to follow")."""
+def choose_method(
+    method: str, device: str, *, float64: bool = False, state: bool = True, kernels: bool | None = None
+) -> tuple[str, str]:
+    """The method that `rank_loss` takes, and why.
+
+    Args:
+        method: as asked for; all but "auto" is taken at its word.
+        device: its type, "cpu" or "cuda".
+        float64: whether a weight is float64. state: whether there is a `RankState`.
+        kernels: whether there are kernels of "power" on the device; None looks.
+    """
     if method != "auto":
         return method, "as asked"
-    if weights[0].device.type != "cuda":
-        return "exact", "no GPU: LAPACK's eigendecompositions are faster than matrix products"
-    if any(w.dtype == torch.float64 for w in weights):
-        return "exact", "float64 weights: the kernels of power are of fp32 grade"
-    if state is None:
-        return "exact", "no RankState for power to keep its windows in"
-    if not _ops.has_kernel("rank_filter", "CUDA"):
-        return "exact", "no kernels of power: Triton or the compiled library is missing"
-    return "power", "a GPU, and a RankState to keep the windows in"
+    if device != "cuda":
+        return "exact", "without a GPU, eigendecompositions are faster than the products of power"
+    if float64:
+        return "exact", "float64 weights, and the kernels of power are of fp32 grade"
+    if not state:
+        return "exact", "no RankState in which power would keep its windows"
+    if not (_ops.has_kernel("rank_filter", "CUDA") if kernels is None else kernels):
+        return "exact", "no kernels of power: Triton or the compiled CUDA library is missing"
+    return "power", "on a GPU, with a RankState that keeps its windows"
 
 
 def check_options(

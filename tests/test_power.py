@@ -246,13 +246,17 @@ def test_the_state_stays_in_place_and_is_saved_as_it_is(device: torch.device) ->
 
 
 def test_what_auto_takes_and_why() -> None:
-    weights = [torch.randn(8, 8)]
-    assert choose_method(weights, "power") == ("power", "as asked")
-    method, why = choose_method(weights)
-    assert method == "exact"
-    assert "GPU" in why
-    meta = [torch.empty(8, 8, device="meta")]
-    assert choose_method(meta)[0] == "exact"
+    assert choose_method("power", "cpu") == ("power", "as asked")
+    assert choose_method("auto", "cpu")[0] == "exact"
+    assert choose_method("auto", "cuda", kernels=True)[0] == "power"
+    for reason, options in {
+        "float64": {"float64": True},
+        "RankState": {"state": False},
+        "kernels": {"kernels": False},
+    }.items():
+        method, why = choose_method("auto", "cuda", **({"kernels": True} | options))
+        assert method == "exact"
+        assert reason in why
 
 
 def test_the_composed_step_is_a_sign_outside_the_window() -> None:
