@@ -11,7 +11,7 @@ from aot import CompiledKernel, KernelSpec, compile_kernels
 from kernel_cases import DEVICE, FP32_GRADE, Storage, matrices, relative_error, symmetric, tiles
 from torch import Tensor
 
-from rpg_fast import filtered
+from rpg_fast import filtered, reference
 from rpg_fast.kernels import filter as steps
 from rpg_fast.kernels import grouped_product as gp
 from rpg_fast.kernels import thin
@@ -144,33 +144,42 @@ def test_shift() -> None:
     assert r.ring[2].isnan().all()
 
 
+def aim(r: Round, held: list[Tensor], windows: Sequence[filtered.Window | None]) -> tuple[Tensor, Tensor]:
+    """aims [B, 2] and coefficients [B, S, 3] of the soft steps at these windows; sets ``r.stages``, 0 without one."""
+    grid, table = filtered.step_table(torch.device("cpu"))
+    aims, coefficients = torch.zeros(len(held), 2), torch.zeros(len(held), filtered.STAGES, 3)
+    for b, (value, window) in enumerate(zip(held, windows, strict=True)):
+        r.stages[b] = 0
+        if window is not None:
+            bound = filtered.bound_on_shifted(filtered.Spectrum.of(value[None]).moments, len(value), window.tau)
+            row = int(torch.searchsorted(grid, window.half / bound, right=True)) - 1
+            aims[b] = torch.cat([window.tau, 1 / bound])
+            coefficients[b] = table[row]
+            r.stages[b] = int((table[row] != torch.tensor([1.0, 0, 0])).any(-1).sum())
+    return aims.to(DEVICE), coefficients.to(DEVICE)
+
+
 def compare_with_soft_step(sizes: Sequence[int], halves: Sequence[float]) -> None:
     """shift and all stages, as many as each matrix needs, against `filtered.soft_step` in float64; a negative
     half-width: the matrix takes no part."""
     r = new_round(sizes, [0] * len(sizes))
     G, held = stored(gram_matrices(sizes), r.plan)
     G2 = gp.grouped_product(G, G, r.plan)
-    grid, table = filtered.step_table(torch.device("cpu"))
-    aims, coefficients, wanted = torch.zeros(len(sizes), 2), torch.zeros(len(sizes), filtered.STAGES, 3), []
-    for b, (value, half) in enumerate(zip(held, halves, strict=True)):
-        spectrum = filtered.Spectrum.of(value[None])
-        tau = torch.linalg.eigvalsh(value)[-5:-4] * 0.9  # [1]
-        bound = filtered.bound_on_shifted(spectrum.moments, sizes[b], tau)
-        wanted.append(filtered.soft_step(spectrum, filtered.Window(tau, torch.tensor([half]).double()))[0][0])
-        row = int(torch.searchsorted(grid, half / bound, right=True)) - 1
-        aims[b] = torch.cat([tau, 1 / bound])
-        coefficients[b] = table[max(row, 0)]
-        r.stages[b] = int((table[row] != torch.tensor([1.0, 0, 0])).any(-1).sum()) if half > 0 else 0
-    steps.shift(G, G2, aims.to(DEVICE), r.stages, r.plan, ring=r.ring)
-    steps.compose(coefficients.to(DEVICE), r.stages, r.plan, ring=r.ring)
+    windows = [
+        filtered.Window(torch.linalg.eigvalsh(value)[-5:-4] * 0.9, torch.tensor([half]).double()) if half > 0 else None
+        for value, half in zip(held, halves, strict=True)
+    ]
+    aims, coefficients = aim(r, held, windows)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
     counts = r.stages.tolist()
     assert len(set(counts)) >= 3, f"the same number of stages everywhere: {counts}"
-    for b, n in enumerate(counts):
-        if not n:
+    for b, (n, window) in enumerate(zip(counts, windows, strict=True)):
+        if window is None:
             assert untouched(r.ring, r.plan, b)
             continue
         Y = exact(r.ring[n % 2], r.plan)[b]
-        error = relative_error(Y, wanted[b])
+        error = relative_error(Y, filtered.soft_step(filtered.Spectrum.of(held[b][None]), window)[0][0])
         print(f"m = {sizes[b]}, {n} stages: relative error {error:.1e}")
         assert error < 5e-6
         assert torch.equal(Y, Y.T)
@@ -186,27 +195,55 @@ def test_all_stages_are_the_soft_step_for_large_matrices() -> None:
     compare_with_soft_step((512, 300, 256, 1024), (1e-3, 2e-4, 0.02, 5e-4))
 
 
+def bits_of(r: Round, b: int) -> Tensor:
+    """All that the ring holds of a matrix, comparable where it is NaN."""
+    return r.ring[..., r.plan.starts[b] : r.plan.starts[b] + r.plan.padded[b] ** 2].view(torch.int16).clone()
+
+
 def test_inside() -> None:
     r = new_round()
-    G, held = stored(gram_matrices(SIZES), r.plan)
     Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
-    idle = r.ring[..., r.plan.starts[IDLE] : r.plan.starts[IDLE] + r.plan.padded[IDLE] ** 2].clone()
-    traces = r.sums()
-    steps.inside(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    idle, traces = bits_of(r, IDLE), r.sums()
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
     for b in r.active:
         C = (torch.eye(SIZES[b]) - Ys[b] @ Ys[b]) / 4
         got = exact(r.ring[2], r.plan)[b]
         assert relative_error(got, C) < FP32_GRADE
         assert torch.equal(got, got.T)
-        trace, overlap, square = r.total(traces, b).tolist()
-        assert trace == pytest.approx(float(Ys[b].trace()), rel=1e-6, abs=1e-6)
-        assert overlap == pytest.approx(float((Ys[b] * held[b]).sum()), rel=1e-6, abs=1e-6)
-        assert square == pytest.approx(float((C * C).sum()), rel=1e-6)
+        assert float(r.total(traces, b)[2]) == pytest.approx(float((C * C).sum()), rel=1e-6)
     assert padding_is_zero(r.ring[2], r.plan, r.active)
-    after = r.ring[..., r.plan.starts[IDLE] : r.plan.starts[IDLE] + r.plan.padded[IDLE] ** 2]
-    assert torch.equal(after.view(torch.int16), idle.view(torch.int16))
+    assert torch.equal(bits_of(r, IDLE), idle)
     first, end = r.plan.tile_starts[IDLE].tolist()
     assert traces[first:end].isnan().all()
+    assert traces[:, :2].isnan().all(), "the columns of sharpen were written"
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (64, 1, 33, 192, 130)])
+@pytest.mark.parametrize("stages", [STAGES, (2, 3, 0, 4, 1)])
+def test_sharpen(sizes: Sequence[int], stages: Sequence[int]) -> None:
+    r = new_round(sizes, stages)
+    G, held = stored(gram_matrices(sizes), r.plan)
+    Ys = r.put(matrices(sizes), [n % 2 for n in stages])
+    Cs = r.put([(torch.eye(len(Y)) - Y @ Y) / 4 for Y in Ys], [2] * len(sizes))
+    idle, traces = bits_of(r, IDLE), r.sums()
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    for b in r.active:
+        sharp, P = Ys[b] + 2 * Cs[b] @ Ys[b], (torch.eye(sizes[b]) + Ys[b]) / 2
+        assert relative_error(sharp, 2 * (3 * P @ P - 2 * P @ P @ P) - torch.eye(sizes[b])) < FP32_GRADE  # as McWeeny
+        part = r.ring[1 - stages[b] % 2]
+        got = exact(part, r.plan)[b]
+        assert relative_error(got, sharp) < FP32_GRADE
+        assert torch.equal(got, got.T)
+        assert padding_is_zero(part, r.plan, [b])
+        assert torch.equal(exact(r.ring[stages[b] % 2], r.plan)[b], Ys[b]), "Y was written"
+        assert torch.equal(exact(r.ring[2], r.plan)[b], Cs[b]), "C was written"
+        trace, overlap, _ = r.total(traces, b).tolist()
+        assert trace == pytest.approx(float(sharp.trace()), rel=1e-6, abs=1e-6)
+        assert overlap == pytest.approx(float((sharp * held[b]).sum()), rel=1e-6, abs=1e-6)
+    assert torch.equal(bits_of(r, IDLE), idle)
+    first, end = r.plan.tile_starts[IDLE].tolist()
+    assert traces[first:end].isnan().all()
+    assert traces[:, 2].isnan().all(), "the column of inside was written"
 
 
 def gaussians(sizes: Sequence[int], seed: int, draw: int = 0) -> list[Tensor]:
@@ -261,7 +298,7 @@ def test_image() -> None:
 def test_images() -> None:
     r = new_round()
     G, held = stored(gram_matrices(SIZES), r.plan)
-    Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
+    Ys = r.put(matrices(SIZES), [1 - n % 2 for n in STAGES])  # sharpened
     Q, out = random_thin(r.plan, 1), r.thin(2)
     thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=out)
     for b in r.active:
@@ -271,12 +308,13 @@ def test_images() -> None:
     assert r.rows_of(out, IDLE).isnan().all()
 
 
-def test_finish() -> None:
+@pytest.mark.parametrize("fills", [(0, 0, 0, 1, 2), (3, 2, 1, 0, 3)])
+def test_finish(fills: Sequence[int]) -> None:
     """Without padding, at any offset, and nothing between the matrices is touched."""
     r = new_round()
-    Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
+    Ys = r.put(matrices(SIZES), [1 - n % 2 for n in STAGES])  # sharpened
     Z, Q = random_thin(r.plan, 1), random_thin(r.plan, 2)
-    tails, fills = (0.1, 0.2, 0.9, 0.3, 0.4), (0, 0, 0, 1, 2)
+    tails = (0.1, 0.2, 0.9, 0.3, 0.4)
     ends = torch.tensor([[1 - e, fill] for e, fill in zip(tails, fills, strict=True)], device=DEVICE)
     offsets = [3]
     for m in SIZES:
@@ -293,9 +331,94 @@ def test_finish() -> None:
             assert relative_error(got, 2 * P - 2 * (1 - e) * eye) < FP32_GRADE
             assert torch.equal(got, got.T)
         else:
-            assert not got.any() if fill == 1 else got.isnan().all()
+            assert [not got.any(), got.isnan().all(), (got == 5).all()][fill - 1], f"not filled as {fill} says"
         out[offsets[b] : offsets[b] + m * m] = 5.0
     assert (out == 5).all(), "elements between the matrices were written"
+
+
+def spread_gram(m: int, seed: int, exponent: float) -> Tensor:
+    """Positive, of trace 1, lambda_i ~ i^-exponent."""
+    energies = torch.arange(1, m + 1).double() ** -exponent
+    U = torch.linalg.qr(symmetric(m, seed))[0]
+    return (U * (energies / energies.sum())) @ U.T
+
+
+@dataclass
+class Warm:
+    """Matrices with the windows that a first call in float64 has left, and what that call found."""
+
+    G: Tensor  # fp16 pairs [2, numel]
+    held: list[Tensor]
+    windows: list[filtered.Window]
+    ranks: list[int]
+    tails: list[float]
+
+
+def warm_start(r: Round, values: list[Tensor], target: Tensor) -> Warm:
+    G, held = stored(values, r.plan)
+    windows, ranks, tails = [], [], []
+    for value in held:
+        never = filtered.Window(torch.zeros(1).double(), torch.zeros(1).double())
+        seeded = torch.Generator().manual_seed(1)
+        _, k, e, window = filtered.filter_group(value[None], target, never, filtered.COLD_ROUNDS, seeded)
+        windows.append(window)
+        ranks.append(int(k))
+        tails.append(float(e))
+    assert min(ranks) > 0, f"a first call left a matrix open: {ranks}"
+    return Warm(G, held, windows, ranks, tails)
+
+
+def whitened(r: Round, Z: Tensor, floor: float, *, relative: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`filtered.whiten` of every matrix: the thin buffer, the numbers found and their sums."""
+    Q, found, seen = torch.full_like(Z, torch.nan), [], []
+    for b, m in enumerate(r.plan.sizes):
+        basis, count, total = filtered.whiten(r.rows_of(Z, b)[None], floor, relative=relative)
+        first = int(r.plan.row_starts[b])
+        Q[first : first + m] = basis[0].float().to(DEVICE)
+        found.append(count)
+        seen.append(total)
+    return Q, found, seen
+
+
+def test_a_warm_round_gives_the_spectral_projector() -> None:
+    """All kernels of a round, with the small spectra in float64 between them: k, e and N of an eigendecomposition."""
+    sizes, target = (96, 150, 200), torch.tensor(0.1).double()
+    r = new_round(sizes, [0] * len(sizes))
+    exponents = (1.0, 0.6, 1.4)
+    warm = warm_start(r, [spread_gram(m, m, x) for m, x in zip(sizes, exponents, strict=True)], target)
+    G, G2, traces, Z, GQ_YQ = warm.G, torch.full_like(warm.G, torch.nan), r.sums(), r.thin(), r.thin(2)
+    steps.square_with_moments(G, r.plan, out=G2, moments=r.sums())
+    aims, coefficients = aim(r, warm.held, warm.windows)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    thin.sketch(torch.tensor(2, device=DEVICE), 0, r.stages, r.plan, ring=r.ring, out=Z)
+    Q, _, _ = whitened(r, Z, filtered.NOISE, relative=True)
+    thin.image(Q, r.stages, r.plan, ring=r.ring, out=Z)
+    Q, found, seen = whitened(r, Z, filtered.JUNK**2, relative=False)
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=GQ_YQ)
+
+    ends = torch.zeros(len(sizes), 2, device=DEVICE)
+    for b, m in enumerate(sizes):
+        sums = torch.cat([r.total(traces, b), seen[b]])[None]
+        GQ, YQ = r.rows_of(GQ_YQ, b)[:, None]  # [1, m, w] each
+        end = filtered.conclude_round(warm.windows[b], target, sums, r.rows_of(Q, b)[None], found[b], GQ, YQ)
+        assert bool(end.resolved), f"m = {m} is not resolved: {end}"
+        assert int(end.k) == warm.ranks[b]
+        assert float(end.e) == pytest.approx(warm.tails[b], abs=2e-6)
+        ends[b, 0] = 1 - float(end.e)
+        rows = slice(int(r.plan.row_starts[b]), int(r.plan.row_starts[b]) + m)
+        Z[rows], Q[rows] = end.Z[0].float().to(DEVICE), end.Q[0].float().to(DEVICE)
+    offsets = torch.tensor([0, 96**2, 96**2 + 150**2], device=DEVICE)
+    out = torch.full((sum(m * m for m in sizes),), torch.nan, device=DEVICE)
+    thin.finish(Z, Q, ends, r.stages, offsets, r.plan, ring=r.ring, out=out)
+    for b, (m, first) in enumerate(zip(sizes, offsets.tolist(), strict=True)):
+        P, k, e, _ = reference.spectral_projector(warm.held[b][None], target)
+        error = relative_error(out[first : first + m * m].view(m, m), 2 * P[0] - 2 * (1 - e) * torch.eye(m).double())
+        print(f"m = {m}, k = {int(k)}, {int(r.stages[b])} stages: relative error of N {error:.1e}")
+        assert int(k) == warm.ranks[b]
+        assert error < 1e-5
 
 
 def one_round(grams: list[Tensor]) -> tuple[Round, list[Tensor]]:
@@ -313,7 +436,8 @@ def one_round(grams: list[Tensor]) -> tuple[Round, list[Tensor]]:
     steps.square_with_moments(G, r.plan, out=G2, moments=moments)
     steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
     steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
-    steps.inside(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
     thin.sketch(torch.tensor(1, device=DEVICE), 0, r.stages, r.plan, ring=r.ring, out=Z)
     thin.image(Z, r.stages, r.plan, ring=r.ring, out=Q)
     thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=both)
@@ -353,8 +477,10 @@ def test_no_matrices() -> None:
         (lambda r, G: steps.square_with_moments(G, r.plan, out=G.clone(), moments=r.sums()[:1]), r"moments .*\(4, 3\)"),
         (lambda r, G: steps.shift(G, G, r.stages, r.stages, r.plan, ring=r.ring), r"aims must be contiguous \(2, 2\)"),
         (lambda r, G: steps.compose(torch.ones(2, 10), r.stages, r.plan, ring=r.ring), r"coefficients .*\(2, 10\)"),
-        (lambda r, G: steps.inside(G, r.stages.long(), r.plan, ring=r.ring, traces=r.sums()), "stages .*int64"),
-        (lambda r, G: steps.inside(G, r.stages, r.plan, ring=r.ring[:2], traces=r.sums()), "ring must be contiguous"),
+        (lambda r, G: steps.inside(r.stages.long(), r.plan, ring=r.ring, traces=r.sums()), "stages .*int64"),
+        (lambda r, G: steps.inside(r.stages, r.plan, ring=r.ring[:2], traces=r.sums()), "ring must be contiguous"),
+        (lambda r, G: steps.sharpen(G[0], r.stages, r.plan, ring=r.ring, traces=r.sums()), "G must be contiguous"),
+        (lambda r, G: steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=r.sums()[:, :2]), r"traces .*\(4, 3\)"),
         (lambda r, G: thin.sketch(r.stages[0], 0, r.stages, r.plan, ring=r.ring, out=r.thin()), "seed .*int64"),
         (
             lambda r, G: thin.sketch(r.stages[0].long(), 128, r.stages, r.plan, ring=r.ring, out=r.thin()),
@@ -385,7 +511,8 @@ def specs(arch: int, width: int) -> list[KernelSpec]:
 
     moments = {"G_ptr": pairs, "out_ptr": pairs, "moments_ptr": fp32} | square
     shift = {"G_ptr": pairs, "G2_ptr": pairs, "aims_ptr": fp32, "ring_ptr": pairs} | per_matrix | square
-    inside = {"G_ptr": pairs, "ring_ptr": pairs, "traces_ptr": fp32} | per_matrix | square
+    inside = {"ring_ptr": pairs, "traces_ptr": fp32} | per_matrix | square
+    sharpen = {"G_ptr": pairs, "ring_ptr": pairs, "traces_ptr": fp32, "stages_ptr": int32} | square
     strip |= per_matrix
     ends = {"ends_ptr": fp32, "offsets_ptr": "*i64", "row_starts_ptr": int32}
     finish = {"Z_ptr": fp32, "Q_ptr": fp32, "ring_ptr": pairs, "out_ptr": fp32} | ends | per_matrix | square
@@ -393,6 +520,7 @@ def specs(arch: int, width: int) -> list[KernelSpec]:
         spec("filter:_square_kernel", moments, product),
         spec("filter:_shift_kernel", shift, alone),
         spec("filter:_inside_kernel", inside, product),
+        spec("filter:_sharpen_kernel", sharpen, product),
         spec("thin:_thin_kernel", strip | {"seed_ptr": "*i64"}, wide | {"ring_ptr": None, "Q_ptr": None}, draw="i32"),
         spec("thin:_thin_kernel", strip | {"Q_ptr": fp32}, wide | {"ring_ptr": None, "seed_ptr": None}, draw="i32"),
         spec("thin:_thin_kernel", strip | {"Q_ptr": fp32, "ring_ptr": pairs}, wide | {"seed_ptr": None}, draw="i32"),

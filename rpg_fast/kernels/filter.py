@@ -4,15 +4,17 @@ One round, for every matrix b that takes part (``stages[b] > 0``; the programs o
 
     shift     Y = (G - tau I) / u and A = Y^2 = (G2 - 2 tau G + tau^2 I) / u^2
     compose   up to S quintics  Y <- a Y + (b A + c A^2) Y,  A <- Y^2
-    inside    C = (I - Y^2) / 4, zero but for the eigenvectors in the window, and the traces of the step
+    inside    C = (I - Y^2) / 4, zero but for the eigenvectors in the window, and its norm
+    sharpen   Y+ = Y + 2 C Y, which squares the error outside the window, and its traces
 
 G is the Gram matrix in a power-of-two scale, G2 = G^2; ``square_with_moments`` makes G2 once a call and, of the same
 tiles, the traces of G^2, G^3 and G^4, which bound u for any tau.
 
 All are fp16 pairs [2, numel] of a `TilePlan`. The ring, fp16 [3, 2, numel], holds Y and A in turns, and in its third
 part what is multiplied next: b A + c A^2, then C. After its last stage Y lies in ``ring[stages[b] % 2]``, a parity that
-only the device knows. Sums leave a tile as they are, fp32 [T, 3] in the order of ``plan.tiles``: whoever adds them up
-does so in a fixed order, by ``plan.tile_starts``, and gets the same bits each time.
+only the device knows, and Y+ goes to ``ring[1 - stages[b] % 2]``. Sums leave a tile as they are, fp32 [T, 3] in the
+order of ``plan.tiles``: whoever adds them up does so in a fixed order, by ``plan.tile_starts``, and gets the same bits
+each time.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -107,24 +109,46 @@ def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tenso
             square = launch_product(Y, Y, plan, A, stages=stages, stage=s + 1, block_k=block_k, binary=square)
 
 
-def inside(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:
-    """ring[2] <- C = (I - Y^2) / 4 with Y in ``ring[stages % 2]`` and, per tile, what it adds to tr Y, <Y, G> and
-    ||C||_F^2, where ``stages > 0``.
+def inside(stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:
+    """ring[2] <- C = (I - Y^2) / 4 with Y in ``ring[stages % 2]`` and, per tile, what it adds to ||C||_F^2, where
+    ``stages > 0``.
+
+    Args:
+        stages: int32 [B].
+        ring: fp16 [3, 2, numel].
+        traces: float32 [T, 3]; the sums go to its last column, rows of matrices that take no part are not touched.
+    """
+    check_round(ring, stages, plan)
+    _check_sums("traces", traces, plan)
+    if plan.numel:
+        _inside_kernel[(len(plan.tiles),)](
+            stages, plan.orders, plan.tiles, ring, traces, plan.numel,
+            BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block),
+        )  # fmt: skip
+
+
+def sharpen(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:
+    """``ring[1 - stages % 2]`` <- Y+ = Y + 2 C Y with Y in ``ring[stages % 2]`` and C = (I - Y^2) / 4 in ring[2] and,
+    per tile, what it adds to tr Y+ and <Y+, G>, where ``stages > 0``.
+
+    In terms of P = (I + Y) / 2 this is 3 P^2 - 2 P^3, which squares the distance of an eigenvalue from 0 or 1.
 
     Args:
         G: fp16 pairs [2, numel], symmetric.
         stages: int32 [B].
         ring: fp16 [3, 2, numel].
-        traces: float32 [T, 3]; rows of matrices that take no part are not touched.
+        traces: float32 [T, 3]; the sums go to its first two columns, rows of matrices that take no part are not
+            touched.
+
+    Source: McWeeny, "Some Recent Advances in Density Matrix Theory", Rev. Mod. Phys. 32, 335 (1960).
     """
     check_storage("G", G, plan, torch.float16)
     check_round(ring, stages, plan)
     _check_sums("traces", traces, plan)
     if plan.numel:
-        _inside_kernel[(len(plan.tiles),)](
-            G, stages, plan.orders, plan.tiles, ring, traces, plan.numel,
-            BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block),
-        )  # fmt: skip
+        _sharpen_kernel[(len(plan.tiles),)](
+            G, stages, plan.tiles, ring, traces, plan.numel, BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block)
+        )
 
 
 def check_round(ring: Tensor, stages: Tensor, plan: TilePlan) -> None:
@@ -145,16 +169,13 @@ def _identity(rows, cols, m):
 
 @triton.jit
 def _part(ring_ptr, index, numel):
-    """A part of the ring; Y lies in that of index ``stages % 2``."""
+    """A part of the ring; Y lies in that of index ``stages % 2``, Y+ in the one of ``1 - stages % 2``."""
     return ring_ptr + numel.to(tl.int64) * (2 * index)
 
 
 @triton.jit
-def _store_sums(sums_ptr, first, second, third):
-    row = sums_ptr + SUMS * tl.program_id(0)
-    tl.store(row, first)
-    tl.store(row + 1, second)
-    tl.store(row + 2, third)
+def _store_sum(sums_ptr, column, value):
+    tl.store(sums_ptr + SUMS * tl.program_id(0) + column, value)
 
 
 @triton.jit
@@ -176,7 +197,9 @@ def _square_kernel(
     _store_mirrored(out_ptr + start, square, rows, cols, pitch, numel, i, j, True)
     G = _load_value(G_ptr, rows[:, None] * pitch + cols[None, :], numel, True)  # [BLOCK, BLOCK]
     times = tl.where(i == j, 1.0, 2.0)
-    _store_sums(moments_ptr, times * tl.sum(G * G), times * tl.sum(G * square), times * tl.sum(square * square))
+    _store_sum(moments_ptr, 0, times * tl.sum(G * G))
+    _store_sum(moments_ptr, 1, times * tl.sum(G * square))
+    _store_sum(moments_ptr, 2, times * tl.sum(square * square))
 
 
 @triton.jit
@@ -210,7 +233,6 @@ def _shift_kernel(
 
 @triton.jit
 def _inside_kernel(
-    G_ptr,  # fp16 [2, numel]
     stages_ptr,  # int32 [B], as orders
     orders_ptr,
     tiles_ptr,  # int32 [T, 5]
@@ -231,9 +253,34 @@ def _inside_kernel(
     eye = _identity(rows, cols, tl.load(orders_ptr + b))
     C = _symmetrized(eye - square, rows, cols) * 0.25
     _store_mirrored(_part(ring_ptr, 2, numel) + start, C, rows, cols, pitch, numel, i, j, True)
-    at = rows[:, None] * pitch + cols[None, :]
-    Y = _load_value(Y_ptr, at, numel, True)  # [BLOCK, BLOCK]
-    G = _load_value(G_ptr + start, at, numel, True)
     times = tl.where(i == j, 1.0, 2.0)
-    trace = tl.sum(tl.where(eye == 1, Y, 0.0))
-    _store_sums(traces_ptr, trace, times * tl.sum(Y * G), times * tl.sum(C * C))
+    _store_sum(traces_ptr, 2, times * tl.sum(C * C))
+
+
+@triton.jit
+def _sharpen_kernel(
+    G_ptr,  # fp16 [2, numel]
+    stages_ptr,  # int32 [B]
+    tiles_ptr,  # int32 [T, 5]
+    ring_ptr,  # fp16 [3, 2, numel]
+    traces_ptr,  # fp32 [T, 3]
+    numel,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    start, pitch, i, j, b = _load_tile(tiles_ptr, BLOCK)
+    stages = tl.load(stages_ptr + b)
+    if stages == 0:
+        return
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    Y_ptr = _part(ring_ptr, stages % 2, numel) + start
+    C_ptr = _part(ring_ptr, 2, numel) + start
+    product = _multiply(C_ptr, Y_ptr, rows, cols, pitch, 1.0, 1.0, numel, True, BLOCK, BLOCK_K)
+    at = rows[:, None] * pitch + cols[None, :]
+    sharp = _symmetrized(_load_value(Y_ptr, at, numel, True) + 2 * product, rows, cols)
+    _store_mirrored(_part(ring_ptr, 1 - stages % 2, numel) + start, sharp, rows, cols, pitch, numel, i, j, True)
+    G = _load_value(G_ptr + start, at, numel, True)  # [BLOCK, BLOCK]
+    times = tl.where(i == j, 1.0, 2.0)
+    _store_sum(traces_ptr, 0, tl.sum(tl.where(rows[:, None] == cols[None, :], sharp, 0.0)))
+    _store_sum(traces_ptr, 1, times * tl.sum(sharp * G))

@@ -2,8 +2,8 @@
 
     sketch    Z = C Omega, Omega Gaussian and made in the kernel, with C = (I - Y^2) / 4 of `filter.inside`
     image     Z = C Q
-    images    G Q and Y Q in one launch
-    finish    N = 2 P - 2 (1 - e) I with P = (I + Y) / 2 - Z Q^T - Q Z^T, into the flat projector
+    images    G Q and Y+ Q in one launch, Y+ the sharpened step of `filter.sharpen`
+    finish    N = 2 P - 2 (1 - e) I with P = (I + Y+) / 2 - Z Q^T - Q Z^T, into the flat projector
 
 Square matrices as in `filter`. Thin ones [m, w] are fp32 [rows, w] of a `TilePlan`; what their padding rows hold is
 never read. The products are of fp32 grade: the thin factor is split into fp16 pairs when it is loaded.
@@ -70,7 +70,8 @@ def image(Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tenso
 
 
 def images(G: Tensor, Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> None:
-    """out[0] <- G Q and out[1] <- Y Q with Y in ``ring[stages % 2]``, where ``stages > 0``.
+    """out[0] <- G Q and out[1] <- Y+ Q with Y+, the sharpened step, in ``ring[1 - stages % 2]``, where
+    ``stages > 0``.
 
     Args:
         G: fp16 pairs [2, numel].
@@ -89,12 +90,13 @@ def images(G: Tensor, Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor
 def finish(
     Z: Tensor, Q: Tensor, ends: Tensor, stages: Tensor, offsets: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor
 ) -> None:
-    """N = 2 P - 2 (1 - e) I, P = (I + Y) / 2 - Z Q^T - Q Z^T of every matrix into ``out``, without padding.
+    """N = 2 P - 2 (1 - e) I, P = (I + Y+) / 2 - Z Q^T - Q Z^T of every matrix into ``out``, without padding.
 
     Args:
         Z, Q: float32 [rows, w], w a power of two of at least 16, their elements in fp16's range.
-        ends: float32 [B, 2], 1 - e and what N is filled with instead: 0 nothing, 1 zeros, 2 NaN.
-        stages: int32 [B], those of the last round in which a matrix took part: Y lies in ``ring[stages % 2]``.
+        ends: float32 [B, 2], 1 - e and what becomes of N: 0 as above, 1 zeros, 2 NaN, 3 left as it is.
+        stages: int32 [B], those of the last round in which a matrix took part: its sharpened step Y+ lies in
+            ``ring[1 - stages % 2]``.
         offsets: int64 [B], where N starts in ``out``, in elements.
         ring: fp16 [3, 2, numel].
         out: float32, N [m, m] row-major from each offset on; what lies between them is not touched.
@@ -161,7 +163,7 @@ def _thin_kernel(
     BLOCK: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Programs (i, 0) multiply a block of rows of the first matrices, (i, 1) one of Y in the ring."""
+    """Programs (i, 0) multiply a block of rows of the first matrices, (i, 1) one of Y+ in the ring."""
     start, pitch, i, first, b = _load_tile(row_blocks_ptr, BLOCK)
     stages = tl.load(stages_ptr + b)
     if stages == 0:
@@ -173,7 +175,7 @@ def _thin_kernel(
     matrix_ptr = matrices_ptr + start
     if ring_ptr is not None:  # noqa: SIM102 (the compiler would evaluate both sides of an `and`)
         if tl.program_id(1) == 1:
-            matrix_ptr = _part(ring_ptr, stages % 2, numel) + start
+            matrix_ptr = _part(ring_ptr, 1 - stages % 2, numel) + start
             out_ptr += rows_total.to(tl.int64) * W
 
     left = matrix_ptr + (i * BLOCK + span)[:, None] * pitch + span[None, :]  # [BLOCK, BLOCK]
@@ -228,13 +230,15 @@ def _finish_kernel(
     W: tl.constexpr,
 ):
     start, pitch, i, j, b = _load_tile(tiles_ptr, BLOCK)
+    fill = tl.load(ends_ptr + 2 * b + 1)
+    if fill == 3:
+        return
     m = tl.load(orders_ptr + b)
     rows = i * BLOCK + tl.arange(0, BLOCK)
     cols = j * BLOCK + tl.arange(0, BLOCK)
-    fill = tl.load(ends_ptr + 2 * b + 1)
     N = tl.zeros([BLOCK, BLOCK], tl.float32)
     if fill == 0:
-        Y_ptr = _part(ring_ptr, tl.load(stages_ptr + b) % 2, numel) + start
+        Y_ptr = _part(ring_ptr, 1 - tl.load(stages_ptr + b) % 2, numel) + start
         Y = _load_value(Y_ptr, rows[:, None] * pitch + cols[None, :], numel, True)  # [BLOCK, BLOCK]
         thin = tl.load(row_starts_ptr + b).to(tl.int64) * W  # the first element of the matrix in a thin buffer
         update = _thin_dot(_load_thin(Z_ptr + thin, rows, m, W), _load_thin(Q_ptr + thin, cols, m, W))
