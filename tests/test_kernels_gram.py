@@ -148,7 +148,7 @@ def helper_specs(arch: int) -> list[KernelSpec]:
     for rows, aligned in itertools.product((True, False), repeat=2):
         constants = {"TYPE": "fp32", "ROWS": rows, "ALIGNED": aligned}
         names = ["addresses_ptr", "table_ptr", "elements_ptr", "bits_ptr", "zeros_ptr"]
-        found.append(("statistics", names, constants))
+        found.append(("statistics", [*names], constants))
     return [
         KernelSpec(
             f"rpg_fast.kernels.gram:_{name}_kernel", arch, {n: types[n] for n in names}, block | more, tuple(names)

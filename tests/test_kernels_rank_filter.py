@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import cases
 import pytest
 import torch
+from aot import ROOT, KernelSpec, compile_kernels
 from kernel_cases import DEVICE
 from torch import Tensor
 
 from rpg_fast import filtered, reference
 from rpg_fast.kernels.rank_filter import rank_filter
+from rpg_fast.ledger import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -172,3 +175,31 @@ def test_along_a_trajectory(family: str, sparsity: float) -> None:
             w += 5e-3 * w.norm() / drift.norm() * drift
             if step == 1:  # a mask change
                 w *= (torch.rand(w.shape, generator=cases.seeded(9)) > 0.3).to(DEVICE)
+
+
+def test_ahead_of_time() -> None:
+    doubles = ("ledger_ptr", "norms_ptr", "tails_ptr", "inv_norms_ptr", "shares_ptr", "windows_ptr")
+    signature = dict.fromkeys(doubles, "*fp64") | dict.fromkeys(("zeros_ptr", "least_zeros_ptr", "ranks_ptr"), "*i64")
+    signature |= {"filtered_ptr": "*i32", "loss_ptr": "*fp32", "lost_ptr": "*i1", "ends_ptr": "*fp32"}
+    constants = {"COLUMNS": len(COLUMNS), "BLOCK": 64}
+    kernel = "rpg_fast.kernels.rank_filter:_conclude_kernel"
+    specs = [
+        KernelSpec(kernel, arch, signature | {"batch": "i32"}, constants, tuple(signature)) for arch in (80, 90, 100)
+    ]
+    largest = {"values_ptr": "*fp32", "tiles_ptr": "*i32", "bits_ptr": "*i32"}
+    absmax = "rpg_fast.kernels.grouped_product:_absmax_kernel"
+    specs += [KernelSpec(absmax, arch, largest, {"BLOCK": 64}, tuple(largest)) for arch in (80, 90, 100)]
+    for compiled in compile_kernels(specs):
+        print(compiled)
+        assert (compiled.stack, compiled.local) == (0, 0), compiled
+
+
+def test_every_kernel_is_compiled_ahead_of_time_by_a_test() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_kernels*.py"))
+    kernels = [
+        name
+        for path in (ROOT / "rpg_fast" / "kernels").glob("*.py")
+        for name in re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.MULTILINE)
+    ]
+    assert len(kernels) > 10
+    assert [name for name in kernels if f":_{name}_kernel" not in tests and f'("{name}", [' not in tests] == []
