@@ -155,7 +155,6 @@ RPG_FAST_HOST_DEVICE int factorise(const Block& block, int w, double absolute, d
     }
     block.sync();
   }
-  block.sync();
   return rank;
 }
 

@@ -195,7 +195,6 @@ RPG_FAST_HOST_DEVICE int solve(const Block& block, int w, Eigen<kMax>& eigen) {
     off = block_sum(block, off, eigen.sums[1]);
     if (!(off > kOffDiagonal * kOffDiagonal * square)) break;
     sweep(block, n, eigen);
-    block.sync();
   }
 
   const double nan = from_bits(kInfinity + 1), unit = peak < kInfinity ? 1 / scale : nan;

@@ -12,8 +12,11 @@ import torch
 from cases import DTYPES, LAYOUTS, make_weight, seeded
 from torch import Tensor
 
-from rpg_fast import _ops, filtered, reference
+from rpg_fast import _ops, filtered, ledger, reference
 from rpg_fast.masks import MaskLayout, PackedMasks
+
+# What one block does for one matrix in rank_filter: compared in test_spectrum_kernels.py, up to signs and rotations.
+PIECES = {name for name in _ops.SCHEMAS if hasattr(ledger, name)} | {"device_table"}
 
 Arguments = list[Any]
 Sample = Callable[[torch.device, torch.dtype], Iterator[Arguments]]
@@ -236,7 +239,7 @@ def assert_agree(got: list[Tensor], wanted: list[Tensor], exact: bool) -> None:
 
 
 def test_every_op_has_samples_and_a_meaning() -> None:
-    assert set(SAMPLES) == set(_ops.SCHEMAS) == set(MEANING)
+    assert set(SAMPLES) | PIECES == set(_ops.SCHEMAS) == set(MEANING) | PIECES
 
 
 @every_op
