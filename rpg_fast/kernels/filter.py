@@ -279,8 +279,8 @@ def _sharpen_kernel(
     product = _multiply(C_ptr, Y_ptr, rows, cols, pitch, 1.0, 1.0, numel, True, BLOCK, BLOCK_K)
     at = rows[:, None] * pitch + cols[None, :]
     sharp = _symmetrized(_load_value(Y_ptr, at, numel, True) + 2 * product, rows, cols)
+    _store_sum(traces_ptr, 0, tl.sum(tl.where(rows[:, None] == cols[None, :], sharp, 0.0)))
     _store_mirrored(_part(ring_ptr, 1 - stages % 2, numel) + start, sharp, rows, cols, pitch, numel, i, j, True)
     G = _load_value(G_ptr + start, at, numel, True)  # [BLOCK, BLOCK]
     times = tl.where(i == j, 1.0, 2.0)
-    _store_sum(traces_ptr, 0, tl.sum(tl.where(rows[:, None] == cols[None, :], sharp, 0.0)))
     _store_sum(traces_ptr, 1, times * tl.sum(sharp * G))
