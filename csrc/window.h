@@ -11,7 +11,7 @@ namespace rpg_fast {
 
 constexpr double kNarrowest = 1e-5, kWidest = 0.3;
 constexpr double kFirst = 5.0, kSearch = 0.3, kFill = 0.45, kDensity = 0.026, kLeak = 2e-5;
-constexpr int kRoom = 8;
+constexpr int kRoom = 12;
 constexpr int kSumParts = 32;
 constexpr int kTraces = 3;  // sums that a kernel leaves of a tile
 

@@ -30,13 +30,13 @@ SMALL = 64  # a matrix with m up to this is done by eigendecomposition
 WARM_ROUNDS, COLD_ROUNDS = 4, 8  # in a call with a window from the last one, and without
 
 STAGES = 10  # composed quintics, enough for the narrowest window of the table
-CONVERGED = 3e-5  # error of the composed step outside the window; the last product squares it
+CONVERGED = 3e-6  # error of the composed step outside the window; the last product squares it
 NARROWEST, WIDEST = 1e-5, 0.3  # half a window, as a fraction of the bound on the spectrum of G - tau I
 CUSHION = 0.024  # a quintic for a narrower interval would hardly gain and oscillate in the middle
 
 NOISE = 1e-11  # squared singular values of the first sketch below this fraction of the largest are rounding errors
 JUNK = 1e-3  # directions in which P - P^2 is smaller than this belong to no window
-ROOM = 8  # columns that must be left over for the range finder to be accurate
+ROOM = 12  # columns that must be left over for the range finder to be accurate
 LEAK = 2e-5  # ||P - P^2||_F^2 outside the directions found, above which some were missed
 
 FIRST = 5.0  # a search starts at FIRST * tail_energy / m
