@@ -203,3 +203,17 @@ def test_every_kernel_is_compiled_ahead_of_time_by_a_test() -> None:
     ]
     assert len(kernels) > 10
     assert [name for name in kernels if f":_{name}_kernel" not in tests and f'("{name}", [' not in tests] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", cases.RESNET50, ids=str)
+def test_every_convolution_of_resnet50(shape: cases.Shape) -> None:
+    """Warm calls, from windows that the plain-torch method has found; families and sparsities in turn."""
+    number = list(cases.RESNET50).index(shape)
+    family = list(cases.FAMILIES)[number % len(cases.FAMILIES)]
+    sparsity = cases.SPARSITIES[number % len(cases.SPARSITIES)]
+    weights = [cases.make_weight(family, shape, sparsity).to(DEVICE)]
+    cold = torch.zeros(1, 2, dtype=torch.float64, device=DEVICE)
+    target, seed = torch.tensor(0.1, dtype=torch.float64, device=DEVICE), torch.tensor(1, device=DEVICE)
+    *_, windows, _ = filtered.rank_filter(weights, target, 0.0, cold, seed, filtered.COLD_ROUNDS, ())
+    check(weights, run(weights, windows, rounds=2))
