@@ -1,7 +1,10 @@
-"""Masks with one bit per weight, the selections that make them, and the distributions of sparsity over layers."""
+"""Masks with one bit per weight, and the selections that make them."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rpg_fast import _ops as _ops  # registers the ops
@@ -55,12 +59,18 @@ class MaskLayout:
 
     def unpack(self, bits: Tensor) -> list[Tensor]:
         """bits [nbytes] -> bool masks in the weights' shapes."""
-        flat = torch.ops.rpg_fast.unpack(bits, self.offsets, self.numels)
-        masks = []
-        for segment, shape, order in zip(flat, self.shapes, self.orders, strict=True):
+        return self._shaped(torch.ops.rpg_fast.unpack(bits, self.offsets, self.numels))
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """flat [sum of numels], weight after weight in memory order -> views in the weights' shapes."""
+        return self._shaped(flat.split(self.numels))
+
+    def _shaped(self, segments: Iterable[Tensor]) -> list[Tensor]:
+        shaped = []
+        for segment, shape, order in zip(segments, self.shapes, self.orders, strict=True):
             inverse = sorted(range(len(order)), key=order.__getitem__)
-            masks.append(segment.view([shape[d] for d in order]).permute(inverse))
-        return masks
+            shaped.append(segment.view([shape[d] for d in order]).permute(inverse))
+        return shaped
 
     def popcount(self, bits: Tensor) -> Tensor:
         """Ones per weight, int64 [B]."""
@@ -86,7 +96,12 @@ class MaskLayout:
 
 class PackedMasks:
     """One bit per weight for an ordered ``{name: Tensor}``, in one buffer, as the weights lie in memory; all ones at
-    first. The tensors are kept, so that optimizers find the mask of a parameter.
+    first. The tensors are kept, so that optimizers find the mask of a parameter. Weights that change their memory
+    format later keep their masks; the bits stay in the order of the time when they were packed, which costs speed.
+
+    ``a == b`` tells whether names, order of names, shapes and every mask are equal, whatever the memory formats: a 0-d
+    bool tensor on `a`'s device, so that nothing waits until it is read (``if a == b:`` is one read). Masks are mutable
+    and have no `hash`; `digest` identifies their content.
 
     Args:
         weights: the masked tensors by name, of any layout, on one device.
@@ -125,6 +140,59 @@ class PackedMasks:
 
     def __repr__(self) -> str:
         return f"PackedMasks({len(self.weights)} weights, {sum(self.layout.numels):,} bits on {self.bits.device})"
+
+    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+        if not isinstance(other, PackedMasks):
+            return NotImplemented
+        if self.names != other.names or self.layout.shapes != other.layout.shapes:
+            return torch.zeros((), dtype=torch.bool, device=self.bits.device)
+        return (self.bits == other._bits_in(self.layout.orders).to(self.bits.device)).all()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _bits_in(self, orders: tuple[tuple[int, ...], ...]) -> Tensor:
+        """The bits [nbytes], packed anew where weights lie in other memory orders than `orders`."""
+        if orders == self.layout.orders:
+            return self.bits
+        return MaskLayout(self.layout.shapes, orders).pack(self.layout.unpack(self.bits))
+
+    def digest(self) -> str:
+        """SHA-256 of names, shapes and masks as 64 hexadecimal digits: the same on every device, in every process and
+        run, and for every memory format. Copies the bits to the host, which waits for the device.
+
+        Equivalent to: sha256 of ``json.dumps([names, shapes])`` in UTF-8 and the bits of contiguous weights.
+        """
+        row_major = tuple(tuple(range(len(shape))) for shape in self.layout.shapes)
+        content = hashlib.sha256(json.dumps([self.names, self.layout.shapes]).encode())
+        bits = self._bits_in(row_major).cpu()
+        content.update(ctypes.string_at(bits.data_ptr(), bits.numel()))
+        return content.hexdigest()
+
+    def to(self, device: torch.device | str) -> PackedMasks:
+        """Moves the bits, in place, to where ``model.to(device)`` has moved the weights. Returns itself.
+
+        Raises:
+            ValueError: a weight is on another device.
+        """
+        bits = self.bits.to(device)
+        elsewhere = {name: str(w.device) for name, w in self.weights.items() if w.device != bits.device}
+        if elsewhere:
+            name, at = next(iter(elsewhere.items()))
+            raise ValueError(f"masks lie beside their weights: {name} is on {at}, wanted {bits.device}; move it first")
+        self.bits = bits
+        return self
+
+    def broadcast_(self, src: int = 0, process_group: dist.ProcessGroup | None = None) -> PackedMasks:
+        """Takes over the masks of rank `src` of the group (default: all ranks) by one collective of the whole buffer.
+        Every rank must call it, on weights of the same names, shapes and memory formats. Returns itself.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("broadcast_ needs torch.distributed: call init_process_group first")
+        dist.broadcast(self.bits, group=process_group, group_src=src)
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -247,7 +315,7 @@ def topk_mask(scores: Tensor, sparsity: float | Tensor) -> Tensor:
     if isinstance(sparsity, Tensor):
         counts = n - (sparsity.detach().to(scores.device).double() * n + 0.5).floor().long().reshape(1)
     else:
-        _check_fraction("sparsity", sparsity)
+        check_fraction("sparsity", sparsity)
         counts = torch.full((1,), kept_count(n, sparsity), device=scores.device)
     layout = MaskLayout.of([scores])
     return layout.unpack(layout.select([scores.detach()], counts))[0]
@@ -269,7 +337,7 @@ def prune_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, *, dr
     Raises:
         ValueError: shapes that differ, drop_fraction outside [0, 1]. TypeError: wrong dtypes.
     """
-    _check_fraction("drop_fraction", drop_fraction)
+    check_fraction("drop_fraction", drop_fraction)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     for name, scores in (("drop_scores", drop_scores), ("grow_scores", grow_scores)):
@@ -301,7 +369,8 @@ def drop_and_grow(
     return kept, grown
 
 
-def _check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
+    """Raises ValueError for a `value` outside [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
@@ -310,66 +379,3 @@ def _check_scores(name: str, scores: Tensor) -> None:
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
-
-
-# ------------------------------------------------------------ distributions
-
-
-def uniform(weights: NamedWeights, sparsity: float) -> dict[str, float]:
-    """The same sparsity for every weight: ``{name: sparsity}``. Raises ValueError for a sparsity outside [0, 1],
-    TypeError if `weights` is no mapping from names to tensors."""
-    _check_fraction("sparsity", sparsity)
-    return dict.fromkeys(grouping.named_weights(weights), float(sparsity))
-
-
-def erk(weights: NamedWeights, sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel (Mocanu et al. 2018, Evci et al. 2020): the density of a weight [out, in, ...] is
-    proportional to (sum of its dimensions) / (product of its dimensions), at most 1.
-
-    Returns:
-        {name: fraction of zeros}, each a whole number of zeros over the weight's size, so that the zeros of all
-        weights together are exactly floor(sparsity * n + 0.5).
-
-    Raises:
-        ValueError: sparsity outside [0, 1].
-    """
-    _check_fraction("sparsity", sparsity)
-    weights = grouping.named_weights(weights)
-    numels = {name: w.numel() for name, w in weights.items()}
-    budget = kept_count(sum(numels.values()), sparsity)
-    raw = {name: sum(w.shape) / w.numel() if w.numel() else 0.0 for name, w in weights.items()}
-    dense: set[str] = set()
-    while True:
-        open_ = [name for name in weights if name not in dense]
-        room = budget - sum(numels[name] for name in dense)
-        mass = sum(raw[name] * numels[name] for name in open_)
-        factor = room / mass if mass else 0.0
-        full = {name for name in open_ if factor * raw[name] > 1}
-        if not full:
-            break
-        dense |= full
-    wanted = {name: numels[name] if name in dense else factor * raw[name] * numels[name] for name in weights}
-    kept = {name: math.floor(count) for name, count in wanted.items()}
-    by_remainder = sorted(weights, key=lambda name: kept[name] - wanted[name])  # largest remainder first
-    for name in by_remainder[: budget - sum(kept.values())]:
-        kept[name] += 1
-    return {name: 1 - kept[name] / numels[name] if numels[name] else 0.0 for name in weights}
-
-
-def global_magnitude(weights: NamedWeights, sparsity: float) -> dict[str, Tensor]:
-    """The sparsity that one magnitude threshold over all weights together gives each of them.
-
-    Returns:
-        {name: 0-d float64 tensor on the weights' device}; the zeros of all weights are exactly floor(sparsity * n +
-        0.5), ties go to the earlier weight and the lower index in memory order.
-
-    Raises:
-        ValueError: no weights, several devices, sparsity outside [0, 1].
-    """
-    _check_fraction("sparsity", sparsity)
-    masks = PackedMasks(weights)
-    layout = masks.layout
-    counts = torch.full((1,), kept_count(sum(layout.numels), sparsity), device=masks.bits.device)
-    bits = layout.select([w.detach() for w in weights.values()], counts, absolute=True, per_tensor=False)
-    ones = layout.popcount(bits)
-    return {name: 1 - ones[i].double() / max(1, layout.numels[i]) for i, name in enumerate(weights)}

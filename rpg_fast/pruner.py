@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rpg_fast import grouping
-from rpg_fast import masks as _masks
-from rpg_fast.masks import PackedMasks, mask_gradients_
+from rpg_fast.criteria import Criterion, Momentum, check_scores, make_criterion
+from rpg_fast.distributions import plan_counts
+from rpg_fast.masks import PackedMasks, drop_and_grow, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
-from rpg_fast.rank_loss import RankState, add_rank_grad_, check_options
+from rpg_fast.rank_loss import LEFT_OUT, RankState, add_rank_grad_, check_options
 from rpg_fast.schedules import ConstantSparsity, CosineDrop, ExponentialSparsity, PolynomialSparsity
+from rpg_fast.stats import PruneStats
 
 Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
 
@@ -25,46 +26,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "polynomial": PolynomialSparsity,
     "exponential": ExponentialSparsity,
 }
-DISTRIBUTIONS = ("global_magnitude", "erk", "uniform")
 MIXING_OPTIMIZERS = ("LBFGS", "Muon")
-CRITERIA = ("rigl", "set", "gmp")
-
-
-@dataclass(frozen=True)
-class PruneStats:
-    """Counts per weight, int64 [B] on the device, in the order of `names`; reading a tensor's values is what
-    synchronises.
-
-    Attributes:
-        total, active: size and ones of each mask.
-        pruned, grown: weights that the last topology update switched off and on.
-        regrown: weights that it dropped and grew again in the same update (restarted at zero).
-    """
-
-    names: list[str]
-    total: Tensor
-    active: Tensor
-    pruned: Tensor
-    grown: Tensor
-    regrown: Tensor
-
-    @property
-    def sparsity(self) -> Tensor:
-        """A property: the fraction of zeros of each mask, float64 [B]."""
-        return 1 - self.active.double() / self.total.clamp(min=1)
-
-
-def _forbid_rises(earlier: list[int], later: list[int]) -> None:
-    """Changes the counts `later` so that none exceeds `earlier`'s, and their sum stays: rounding by largest remainders
-    may give a weight of fewer ones a higher count, but an update cannot."""
-    surplus = 0
-    for i, limit in enumerate(earlier):
-        surplus += max(0, later[i] - limit)
-        later[i] = min(later[i], limit)
-    for i, limit in enumerate(earlier):
-        room = min(surplus, limit - later[i])
-        later[i] += room
-        surplus -= room
 
 
 class RankPruner:
@@ -88,9 +50,10 @@ class RankPruner:
     A topology update prunes to the schedule's sparsity by magnitude, then drops the smallest weights and grows as
     many where the gradient (of the loss, plus `rank_weight` times the rank loss) is largest. Grown weights start at
     zero with zero optimizer state, dropped ones that grow again too. Counts are exact, ties go to the lower index,
-    the target is reached exactly. If a gradient is not finite, nothing changes at that update, which the device
-    decides; the schedule depends on the step alone, so the next update catches up, and the last one prunes all the
-    same. Gradients carry no hooks and `optimizer.step` is not patched: the masks work through `.grad`.
+    the target is reached exactly. If the gradient of a pruned weight is not finite, nothing changes at that update,
+    be it the last, which the device decides; the schedule depends on the step alone, so the next update catches up,
+    and after the last one `finalize` does, which needs no gradient. Gradients carry no hooks and `optimizer.step` is
+    not patched: the masks work through `.grad`.
 
     Args:
         model: its convolutions and linear layers are pruned, its convolutions get the rank loss.
@@ -101,7 +64,10 @@ class RankPruner:
         weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
         distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities
             ``{name: float}`` that amount to `sparsity`.
-        criterion: what grows: "rigl" (largest gradient), "set" (random), "gmp" (nothing: gradual magnitude pruning).
+        criterion: what grows: "rigl" (largest gradient), "set" (random), "momentum" (largest momentum of the dense
+            gradients, see `criteria.Momentum`), "gmp" (nothing: gradual magnitude pruning), a callable (see
+            `criteria.Criterion`); or "static": the masks never change after construction, where schedule="constant"
+            has pruned by magnitude; every step then trains.
         schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object,
             which then defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
         update_every: steps between topology updates.
@@ -118,7 +84,7 @@ class RankPruner:
             too many per threshold, re-enables every weight when zeros tie, and loses its schedule on resume.
         process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all
             ranks) after every update. Gradients must have been reduced.
-        generator: source of randomness for "set".
+        generator: source of randomness for "set", and for a callable.
 
     The pruner holds the parameters themselves: build it after the model is on its device, and again if parameters are
     replaced.
@@ -141,7 +107,7 @@ class RankPruner:
         total_steps: int,
         weights: Mapping[str, nn.Parameter] | None = None,
         distribution: str | Mapping[str, float] = "global_magnitude",
-        criterion: str = "rigl",
+        criterion: str | Criterion = "rigl",
         schedule: str | Schedule = "exponential",
         update_every: int = 100,
         prune_until: float = 0.9,
@@ -159,8 +125,6 @@ class RankPruner:
     ):
         if semantics != "corrected":
             raise ValueError(f'semantics must be "corrected", got {semantics!r}')
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
         if rank_every != "update" and not (isinstance(rank_every, int) and rank_every >= 1):
             raise ValueError(f'rank_every must be "update" or a positive integer, got {rank_every!r}')
         self.optimizer = optimizer
@@ -169,8 +133,13 @@ class RankPruner:
         self.weights = grouping.named_weights(grouping.prunable_weights(model) if weights is None else weights)
         self._check_optimizer()
         self.sparsity, self.total_steps = sparsity, total_steps
-        self.criterion = criterion
+        self.criterion, self._grow = criterion, make_criterion(criterion, self.weights, optimizer)
+        self._momentum = self._grow if isinstance(self._grow, Momentum) else None
         self.schedule = self._make_schedule(schedule, update_every, prune_until, update_until)
+        if criterion == "static" and not isinstance(self.schedule, ConstantSparsity):
+            raise ValueError(
+                'criterion="static" makes masks once: take schedule="constant", or "gmp" to prune gradually'
+            )
         self.drop = CosineDrop(drop_fraction, max(self.schedule.last_update, self.schedule.until or 1))
         self.distribution = distribution if isinstance(distribution, str) else dict(distribution)
         self.rank_weight, self.tail_energy = rank_weight, tail_energy
@@ -184,13 +153,14 @@ class RankPruner:
         self.rank_state = RankState()
         self.masks = PackedMasks(self.weights)
         self._kept_counts = self._plan_counts()  # int64 [updates + 1, B or 1] on the device
-        self._before = self._kept = self.masks.bits.clone()  # around the last update, for the statistics
+        self._before, self._kept = self.masks.bits.clone(), self.masks.bits.clone()  # around the last update: for stats
+        self._ever_active = PackedMasks(self.weights)
+        self._ever_active.bits.zero_()
         if isinstance(optimizer, (MaskedSGD, MaskedAdamW)):
             optimizer.set_masks(self.masks)
         if self.schedule(0) > 0:
-            self.masks.bits.copy_(self._prune(0))
-            self._synchronise(self.masks.bits)
-            self.apply_masks_()
+            bits = self._prune(0)
+            self._adopt(bits, bits)
 
     def _check_rank_options(self) -> None:
         if not self._uses_rank_loss():
@@ -238,42 +208,11 @@ class RankPruner:
         return SCHEDULES[schedule](sparsity=self.sparsity, every=update_every, end=end, until=until)
 
     def _plan_counts(self) -> Tensor:
-        """The ones after each pruning update, planned once so that no update copies from the host: int64 [updates +
-        1, B], or [updates + 1, 1] under one global threshold."""
-        schedule, numels = self.schedule, self.masks.layout.numels
-        rows = []
-        for n in range(schedule.updates + 1):
-            sparsity = schedule(schedule.begin + n * schedule.every)
-            if self.distribution == "global_magnitude":
-                rows.append([_masks.kept_count(sum(numels), sparsity)])
-            else:
-                per_weight = self._distribute(sparsity)
-                rows.append([_masks.kept_count(n, s) for n, s in zip(numels, per_weight, strict=True)])
-                if n > 0:
-                    _forbid_rises(rows[-2], rows[-1])
+        """The ones after each pruning update, planned once so that no update copies from the host."""
+        schedule = self.schedule
+        sparsities = [schedule(schedule.begin + n * schedule.every) for n in range(schedule.updates + 1)]
+        rows = plan_counts(self.weights, self.distribution, sparsities)
         return torch.tensor(rows, dtype=torch.int64, device=self.masks.bits.device)
-
-    def _distribute(self, sparsity: float) -> list[float]:
-        """The sparsity of each weight when the whole has `sparsity`."""
-        if isinstance(self.distribution, dict):
-            unknown = sorted(self.distribution.keys() ^ self.weights.keys())
-            if unknown:
-                raise ValueError(f"distribution must name exactly the pruned weights, these differ: {unknown[:5]}")
-            beyond = {name: share for name, share in self.distribution.items() if not 0 <= share <= 1}
-            if beyond:
-                raise ValueError(f"the sparsities of the distribution must lie in [0, 1], got {beyond}")
-            total = sum(self.masks.layout.numels)
-            zeros = sum(
-                n * self.distribution[name] for name, n in zip(self.weights, self.masks.layout.numels, strict=True)
-            )
-            if abs(zeros - self.sparsity * total) > len(self.weights):
-                raise ValueError(f"the distribution amounts to sparsity {zeros / total:.6f}, wanted {self.sparsity}")
-            share = sparsity / self.sparsity if self.sparsity else 0.0
-            return [share * self.distribution[name] for name in self.weights]
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {DISTRIBUTIONS} or a mapping, got {self.distribution!r}")
-        make = _masks.erk if self.distribution == "erk" else _masks.uniform
-        return list(make(self.weights, sparsity).values())
 
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0
@@ -292,7 +231,11 @@ class RankPruner:
         """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then
         either updates the topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The
         masked optimizers mask in their own step, so `.grad` stays dense for them. Nothing here waits for the device but
-        the eigendecompositions of the rank loss."""
+        the eigendecompositions of the rank loss.
+
+        Raises:
+            TypeError, ValueError: a sparse gradient, or unusable scores of a callable criterion.
+        """
         self.step_count += 1
         update = self.schedule.is_update_step(self.step_count)
         due = update if self.rank_every == "update" else self.step_count % int(self.rank_every) == 0
@@ -306,53 +249,69 @@ class RankPruner:
                 min_sparsity=self.min_sparsity,
                 generator=self._rank_generator(),
             )
-        if update:
-            self._update_topology()
-            return False
+        update = update and self.criterion != "static"
+        momentum = self._momentum if self.step_count <= self.schedule.last_update else None
+        if update or momentum is not None:
+            grads = self._gradients()
+            finite = self._all_finite(grads)
+            if momentum is not None:
+                momentum.observe(grads, finite)
+            if update:
+                self._update_topology(grads, finite)
+                return False
         if not isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)):
             mask_gradients_(self.weights.values(), self.masks)
         return True
 
+    def _gradients(self) -> list[Tensor]:
+        """The dense gradients, those that are None as zeros."""
+        grads = []
+        for name, w in self.weights.items():
+            if w.grad is not None and w.grad.layout != torch.strided:
+                raise TypeError(f"gradients must be dense, got {w.grad.layout} for {name}")
+            grads.append(torch.zeros_like(w) if w.grad is None else w.grad)
+        return grads
+
+    def _all_finite(self, grads: list[Tensor]) -> Tensor:
+        """Whether no gradient holds NaN or inf: bool, 0-d, in a few launches for all."""
+        norm = nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf, foreach=True)
+        return norm.isfinite().to(self.masks.bits.device)
+
     def _prune(self, step: int) -> Tensor:
         """The bits that stay when the active weights are cut to the schedule's count by magnitude."""
         planned = max(0, step - self.schedule.begin) // self.schedule.every
-        counts = self._kept_counts[min(planned, self.schedule.updates)]
         return self.masks.layout.select(
             [w.detach() for w in self.weights.values()],
-            counts,
+            self._kept_counts[min(planned, self.schedule.updates)],
             eligible=self.masks.bits,
             absolute=True,
             per_tensor=self.distribution != "global_magnitude",
         )
 
-    def _update_topology(self) -> None:
-        grads = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights.values()]
-        finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
+    def _update_topology(self, grads: list[Tensor], finite: Tensor) -> None:
         before = self.masks.bits
-        kept = after = pruned = self._prune(self.step_count)
+        kept = after = self._prune(self.step_count)
         fraction = self.drop(self.step_count)
-        if self.criterion != "gmp" and fraction > 0:
-            scores = grads
-            if self.criterion == "set":
-                scores = [torch.rand(g.shape, device=g.device, generator=self.generator) for g in grads]
-            magnitudes = [w.detach() for w in self.weights.values()]
-            kept, grown = _masks.drop_and_grow(self.masks.layout, after, magnitudes, scores, fraction, absolute=True)
+        weights = [w.detach() for w in self.weights.values()]
+        scores = None
+        if fraction > 0:
+            scores = self._grow(self.masks.names, weights, grads, self.generator, self.optimizer)
+        if scores is not None:
+            check_scores(scores, self.weights)
+            kept, grown = drop_and_grow(self.masks.layout, after, weights, scores, fraction, absolute=True)
             after = kept | grown
-        # Without a finite gradient nothing changes until the next update; the last one prunes all the same.
-        last = self.step_count == self.schedule.last_update
-        after = torch.where(finite, after, pruned if last else before)
-        kept = torch.where(finite, kept, pruned if last else 255)
-        both = torch.stack([after, kept])
-        self._synchronise(both)
-        self._before, self._kept = before.clone(), both[1]
-        self.masks.bits.copy_(both[0])
-        self._zero_outside(both[1])
+        self._before.copy_(before)
+        self._ever_active.bits |= before
+        self._adopt(torch.where(finite, after, before), torch.where(finite, kept, 255))
 
-    def _synchronise(self, bits: Tensor) -> None:
-        """Everyone takes rank 0's bits."""
+    def _adopt(self, bits: Tensor, kept: Tensor) -> None:
+        """Everyone takes over rank 0's `bits` as masks, and zeroes weights and state outside rank 0's `kept`."""
+        both = torch.stack([bits, kept])  # [2, nbytes]
         if dist.is_available() and dist.is_initialized():
-            source = 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
-            dist.broadcast(bits, source, group=self.process_group)
+            dist.broadcast(both, group=self.process_group, group_src=0)
+        self.masks.bits.copy_(both[0])
+        self._kept.copy_(both[1])
+        self._zero_outside(self._kept)
 
     def _zero_outside(self, bits: Tensor) -> None:
         """Zeroes the weights, and whatever state the optimizer keeps in their shape, where a bit is zero."""
@@ -387,37 +346,41 @@ class RankPruner:
 
     def stats(self) -> PruneStats:
         """Counts per weight now and in the last topology update, as device tensors."""
-        layout, after = self.masks.layout, self.masks.bits
+        layout, before, after = self.masks.layout, self._before, self.masks.bits
         total = torch.tensor(layout.numels, dtype=torch.int64)
+        flags = self.rank_state.flags
         return PruneStats(
             names=self.masks.names,
             total=total.to(after.device, non_blocking=True),
             active=layout.popcount(after),
-            pruned=layout.popcount(self._before & ~after),
-            grown=layout.popcount(after & ~self._before),
-            regrown=layout.popcount(after & self._before & ~self._kept),
+            pruned=layout.popcount(before & ~after),
+            grown=layout.popcount(after & ~before),
+            regrown=layout.popcount(after & ~before & self._ever_active.bits),
+            restarted=layout.popcount(after & before & ~self._kept),
+            left_out=None if flags is None else (flags & LEFT_OUT) > 0,
+            rank_state=self.rank_state,
         )
 
     @torch.no_grad()
     def finalize(self) -> float:
-        """Ends the pruning: if training stopped before the schedule did, prunes to the final sparsity now (by
-        magnitude, nothing grows); zeroes everything outside the masks. Returns the exact overall sparsity; reading
-        it waits for the device."""
+        """Ends the pruning: if training stopped before the schedule did, or the last update found a gradient that was
+        not finite, prunes to the final sparsity now (by magnitude, nothing grows); zeroes everything outside the
+        masks. Returns the exact overall sparsity; reading it waits for the device."""
         bits = self._prune(self.schedule.begin + self.schedule.updates * self.schedule.every)
-        self._synchronise(bits)
-        self.masks.bits.copy_(bits)
-        self.apply_masks_()
+        self._adopt(bits, bits)
         active = int(self.masks.count().sum())
         total = sum(self.masks.layout.numels)
         return 1 - active / total if total else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, masks and rank state (and the generator's). The options are the constructor's business; of them,
-        only the sparsity is kept, and checked."""
+        """Step, masks, what had been active before, and the states of rank loss, criterion and generator. The options
+        are the constructor's business; of them, only the sparsity is kept, and checked."""
         return {
             "sparsity": self.sparsity,
             "step_count": self.step_count,
             "masks": self.masks.state_dict(),
+            "ever_active": self._ever_active.state_dict(),
+            "momentum": None if self._momentum is None else self._momentum.state_dict(),
             "rank_state": self.rank_state.state_dict(),
             "last_rank_loss": self.last_rank_loss,
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -429,20 +392,28 @@ class RankPruner:
         Raises:
             ValueError: the state of other weights, of another target sparsity, or something else.
         """
-        wanted = {"sparsity", "step_count", "masks", "rank_state", "last_rank_loss", "generator"}
+        wanted = {
+            *("sparsity", "step_count", "masks", "ever_active", "momentum"),
+            *("rank_state", "last_rank_loss", "generator"),
+        }
         if set(state) != wanted:
             raise ValueError(f"not the state of a RankPruner: got keys {sorted(state)}, wanted {sorted(wanted)}")
         if state["sparsity"] != self.sparsity:
             raise ValueError(f"the saved state prunes to sparsity {state['sparsity']}, this pruner to {self.sparsity}")
-        if (state["generator"] is None) != (self.generator is None):
-            raise ValueError(
-                "the saved state has a generator's state exactly if this pruner has a generator; here only one has"
-            )
+        for name, mine in (("generator", self.generator), ("momentum", self._momentum)):
+            if (state[name] is None) != (mine is None):
+                raise ValueError(
+                    f"the saved state must hold a {name} exactly if this pruner does; here only one has it"
+                )
         self.masks.load_state_dict(state["masks"])
+        self._ever_active.load_state_dict(state["ever_active"])
+        if self._momentum is not None:
+            self._momentum.load_state_dict(state["momentum"])
         self.rank_state.load_state_dict(state["rank_state"])
         self.step_count = state["step_count"]
         self.last_rank_loss = state["last_rank_loss"]
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-        self._before = self._kept = self.masks.bits.clone()
+        self._before.copy_(self.masks.bits)
+        self._kept.copy_(self.masks.bits)
         self.apply_masks_()

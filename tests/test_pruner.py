@@ -145,7 +145,7 @@ def test_grown_weights_start_at_zero_with_zero_state(name: str, device: torch.de
                 restarted = new & masks[n] & (w == 0) & (weights[n] != 0)
                 kept = new & masks[n] & ~restarted
                 assert torch.equal(w[kept], weights[n][kept])
-                counts = [int(x[i]) for x in (stats.active, stats.pruned, stats.grown, stats.regrown, stats.total)]
+                counts = [int(x[i]) for x in (stats.active, stats.pruned, stats.grown, stats.restarted, stats.total)]
                 assert counts[:3] == [int(new.sum()), int((masks[n] & ~new).sum()), int(grown.sum())]
                 was_zero = new & masks[n] & (w == 0) & (weights[n] == 0)  # restarted or kept, nothing tells
                 assert 0 <= counts[3] - int(restarted.sum()) <= int(was_zero.sum())
@@ -455,7 +455,7 @@ def test_non_finite_gradient_leaves_everything_and_the_next_update_catches_up(
     stats = pruner.stats()
     assert not stats.pruned.any()
     assert not stats.grown.any()
-    assert not stats.regrown.any()
+    assert not stats.restarted.any()
     optimizer.zero_grad()
     train(model, optimizer, pruner, range(10, 15))
     total = sum(w.numel() for w in pruner.weights.values())

@@ -8,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from rpg_fast.pruner import CRITERIA, DISTRIBUTIONS, SCHEDULES
+from rpg_fast.criteria import CRITERIA
+from rpg_fast.distributions import DISTRIBUTIONS
+from rpg_fast.pruner import SCHEDULES
 from rpg_fast.rank_loss import Method
 
 from .config import DEFAULT_LR, TrainConfig, UserError
@@ -158,7 +160,11 @@ def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "sparsity")
     group.add("--sparsity", "fraction of zeros in all convolutions and linear layers at the end", type=float)
     group.add("--distribution", "how it is shared among the layers", choices=DISTRIBUTIONS)
-    group.add("--criterion", "what grows: rigl largest gradients, set random, gmp nothing", choices=CRITERIA)
+    group.add(
+        "--criterion",
+        "what grows: rigl largest gradients, momentum their average, set random; gmp, static nothing",
+        choices=CRITERIA,
+    )
     group.add("--schedule", "how sparsity rises", choices=tuple(SCHEDULES))
     group.add(
         "--update-every",
