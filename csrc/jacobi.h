@@ -9,7 +9,7 @@
 
 namespace rpg_fast {
 
-constexpr int kMaxSweeps = 20;          // 6 to 8 do
+constexpr int kMaxSweeps = 40;          // 6 to 8 do, up to 18 where the spectrum is steep
 constexpr double kOffDiagonal = 4e-15;  // converged: the Frobenius norm off the diagonal over that of the matrix
 constexpr int kMaxWarps = 32;
 
@@ -123,13 +123,13 @@ RPG_FAST_HOST_DEVICE void rotate_matrix(const Block& block, int n, int round, co
 
 /// V <- J^T V for all rotations of a round, by `workers` warps of which this thread is in number `worker`.
 template <class Block, int kMax>
-RPG_FAST_HOST_DEVICE void rotate_vectors(const Block& block, int n, int round, const Rotation* rotations, int worker,
-                                         int workers, Eigen<kMax>& eigen) {
+RPG_FAST_HOST_DEVICE void rotate_vectors(const Block& block, int n, int columns, int round, const Rotation* rotations,
+                                         int worker, int workers, Eigen<kMax>& eigen) {
   for (int i = worker; i < n / 2; i += workers) {
     const Plane plane = plane_of(i, round, n);
     const Rotation r = rotations[i];
     double *p = eigen.V + plane.p * eigen.kPitch, *q = eigen.V + plane.q * eigen.kPitch;
-    for (int c = block.lane() % Block::kWarp; c < n; c += Block::kWarp) {
+    for (int c = block.lane() % Block::kWarp; c < columns; c += Block::kWarp) {
       const double x = p[c], y = q[c];
       p[c] = r.cosine * x - r.sine * y;
       q[c] = r.sine * x + r.cosine * y;
@@ -139,11 +139,11 @@ RPG_FAST_HOST_DEVICE void rotate_vectors(const Block& block, int n, int round, c
 
 /// All planes once. The first warp finds a round's rotations while the others turn V by those of the round before.
 template <class Block, int kMax>
-RPG_FAST_HOST_DEVICE void sweep(const Block& block, int n, Eigen<kMax>& eigen) {
+RPG_FAST_HOST_DEVICE void sweep(const Block& block, int n, int columns, Eigen<kMax>& eigen) {
   const int warp = block.lane() / Block::kWarp, warps = block.count() / Block::kWarp;
   const int workers = warps > 1 ? warps - 1 : 1, worker = warps > 1 ? warp - 1 : 0;
   const auto turn_vectors = [&](int round) {
-    if (worker >= 0) rotate_vectors(block, n, round, eigen.rotations[round % 2], worker, workers, eigen);
+    if (worker >= 0) rotate_vectors(block, n, columns, round, eigen.rotations[round % 2], worker, workers, eigen);
   };
   for (int round = 0; round < n - 1; ++round) {
     Rotation* rotations = eigen.rotations[round % 2];
@@ -160,10 +160,11 @@ RPG_FAST_HOST_DEVICE void sweep(const Block& block, int n, Eigen<kMax>& eigen) {
 }
 
 /// Solves for eigen.A [w, w], of which the lower triangle is read and which is lost: eigen.values, descending, and the
-/// unit eigenvectors eigen.vector(i). NaN everywhere if A holds an infinity or NaN. Returns the sweeps that it took,
-/// the same in every thread. Begins and ends with a sync().
-template <class Block, int kMax>
-RPG_FAST_HOST_DEVICE int solve(const Block& block, int w, Eigen<kMax>& eigen) {
+/// unit eigenvectors eigen.vector(i). With kGiven, eigen.V holds R [w, columns] and eigen.vector(i) becomes what the
+/// eigenvector makes of R, v^T R. NaN everywhere if A holds an infinity or NaN. Returns the sweeps that it took, the
+/// same in every thread. Begins and ends with a sync().
+template <bool kGiven = false, class Block, int kMax>
+RPG_FAST_HOST_DEVICE int solve(const Block& block, int w, Eigen<kMax>& eigen, int columns = 0) {
   const int n = w + w % 2, lane = block.lane(), count = block.count();  // an odd w: one more row of zeros
   block.sync();
   uint64_t peak = 0;
@@ -177,12 +178,13 @@ RPG_FAST_HOST_DEVICE int solve(const Block& block, int w, Eigen<kMax>& eigen) {
   double square = 0;
   for (int item = lane; item < n * n; item += count) {
     const int i = item / n, j = item % n;
-    eigen.V[i * eigen.kPitch + j] = i == j ? 1 : 0;
+    if (!kGiven) eigen.V[i * eigen.kPitch + j] = i == j ? 1 : 0;
     if (j > i) continue;
     double& a = eigen.at(i, j);
     a = i < w ? a * scale : 0;
     square += (i == j ? 1 : 2) * a * a;
   }
+  for (int c = lane; kGiven && n > w && c < columns; c += count) eigen.V[w * eigen.kPitch + c] = 0;
   square = block_sum(block, square, eigen.sums[0]);
 
   int sweeps = 0;
@@ -194,7 +196,7 @@ RPG_FAST_HOST_DEVICE int solve(const Block& block, int w, Eigen<kMax>& eigen) {
     }
     off = block_sum(block, off, eigen.sums[1]);
     if (!(off > kOffDiagonal * kOffDiagonal * square)) break;
-    sweep(block, n, eigen);
+    sweep(block, n, kGiven ? columns : n, eigen);
   }
 
   const double nan = from_bits(kInfinity + 1), unit = peak < kInfinity ? 1 / scale : nan;

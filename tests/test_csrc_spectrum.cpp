@@ -1,5 +1,5 @@
 // The eigenproblems and bases of csrc on the host, one thread and eight: exits with the number of wrong results.
-// With an argument: each piece again and again on five threads, with one barrier after the other left out; writes to
+// With an argument: each piece again and again on seven threads, with one barrier after the other left out; writes to
 // stderr which one, so that ThreadSanitizer's reports can be told apart.
 #include <cmath>
 #include <cstdio>
@@ -126,7 +126,7 @@ int eigen_failures(int w) {
 
 /// A diagonal matrix [m, m] of trace 1 with a step at the k-th value, and all that a round hands over.
 struct Round {
-  static constexpr int m = 21, w = 12;
+  static constexpr int m = 21, w = 16;
   std::vector<float> Z, Q, images, out, moments, traces;
   double grid[3] = {1e-5, 1e-2, 0.3}, table[3 * 2 * 3] = {};
   float aims[2], coefficients[6];
@@ -235,7 +235,7 @@ void omit_barriers(const char* name, const Piece& piece) {
   });
   for (TestedBlock::omitted = 0; TestedBlock::omitted < barriers; ++TestedBlock::omitted) {
     std::fprintf(stderr, "\nomitted %s %d\n", name, TestedBlock::omitted);
-    launch_threads<TestedBlock>(5, piece);
+    launch_threads<TestedBlock>(7, piece);
   }
 }
 
