@@ -16,16 +16,9 @@ from rpg_fast.distributions import plan_counts
 from rpg_fast.masks import PackedMasks, drop_and_grow, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
 from rpg_fast.rank_loss import LEFT_OUT, RankState, add_rank_grad_, check_options
-from rpg_fast.schedules import ConstantSparsity, CosineDrop, ExponentialSparsity, PolynomialSparsity
+from rpg_fast.schedules import ConstantSparsity, CosineDrop, Schedule, make_schedule
 from rpg_fast.stats import PruneStats
 
-Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
-
-SCHEDULES: dict[str, type[Schedule]] = {
-    "constant": ConstantSparsity,
-    "polynomial": PolynomialSparsity,
-    "exponential": ExponentialSparsity,
-}
 MIXING_OPTIMIZERS = ("LBFGS", "Muon")
 
 
@@ -135,7 +128,7 @@ class RankPruner:
         self.sparsity, self.total_steps = sparsity, total_steps
         self.criterion, self._grow = criterion, make_criterion(criterion, self.weights, optimizer)
         self._momentum = self._grow if isinstance(self._grow, Momentum) else None
-        self.schedule = self._make_schedule(schedule, update_every, prune_until, update_until)
+        self.schedule = make_schedule(schedule, sparsity, total_steps, update_every, prune_until, update_until)
         if criterion == "static" and not isinstance(self.schedule, ConstantSparsity):
             raise ValueError(
                 'criterion="static" makes masks once: take schedule="constant", or "gmp" to prune gradually'
@@ -184,28 +177,6 @@ class RankPruner:
         missing = [name for name, w in self.weights.items() if id(w) not in held]
         if missing:
             raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
-
-    def _make_schedule(
-        self, schedule: str | Schedule, update_every: int, prune_until: float, update_until: float
-    ) -> Schedule:
-        if not isinstance(schedule, str):
-            if schedule.sparsity != self.sparsity:
-                raise ValueError(f"sparsity={self.sparsity} contradicts the schedule's {schedule.sparsity}")
-            if schedule.end > self.total_steps:
-                raise ValueError(f"the schedule ends at step {schedule.end}, after total_steps={self.total_steps}")
-            return schedule
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a schedule object, got {schedule!r}")
-        if not 0 < prune_until <= 1 or not 0 < update_until <= 1:
-            raise ValueError(f"prune_until and update_until must lie in (0, 1], got {prune_until} and {update_until}")
-        end = int(prune_until * self.total_steps)
-        if end < update_every:
-            raise ValueError(
-                f"total_steps={self.total_steps} is too short: pruning ends at step {end} (prune_until={prune_until}), "
-                f"before the first update at step {update_every}: pass a smaller update_every"
-            )
-        until = int(update_until * self.total_steps)
-        return SCHEDULES[schedule](sparsity=self.sparsity, every=update_every, end=end, until=until)
 
     def _plan_counts(self) -> Tensor:
         """The ones after each pruning update, planned once so that no update copies from the host."""
@@ -358,16 +329,23 @@ class RankPruner:
             regrown=layout.popcount(after & ~before & self._ever_active.bits),
             restarted=layout.popcount(after & before & ~self._kept),
             left_out=None if flags is None else (flags & LEFT_OUT) > 0,
-            rank_state=self.rank_state,
         )
+
+    def settle(self) -> list[str]:
+        """The `rank_layers` that ``rank_method="power"`` left out of its last call. Waits for the device to read them,
+        and leaves them to eigendecompositions from the next call on, see `RankState.settle`. On a GPU, call it as often
+        as losses are read, e.g. once an epoch, and in every process at the same step: their gradients must agree."""
+        names = list(self.rank_layers)
+        return [names[i] for i in self.rank_state.settle()]
 
     @torch.no_grad()
     def finalize(self) -> float:
         """Ends the pruning: if training stopped before the schedule did, or the last update found a gradient that was
         not finite, prunes to the final sparsity now (by magnitude, nothing grows); zeroes everything outside the
-        masks. Returns the exact overall sparsity; reading it waits for the device."""
+        masks, and settles the rank loss. Returns the exact overall sparsity; reading it waits for the device."""
         bits = self._prune(self.schedule.begin + self.schedule.updates * self.schedule.every)
         self._adopt(bits, bits)
+        self.settle()
         active = int(self.masks.count().sum())
         total = sum(self.masks.layout.numels)
         return 1 - active / total if total else math.nan

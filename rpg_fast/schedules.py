@@ -144,3 +144,45 @@ class CosineDrop:
     def __call__(self, step: int) -> float:
         """The drop fraction at `step`."""
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(step, self.end) / self.end))
+
+
+Schedule = ConstantSparsity | PolynomialSparsity | ExponentialSparsity
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": ConstantSparsity,
+    "polynomial": PolynomialSparsity,
+    "exponential": ExponentialSparsity,
+}
+
+
+def make_schedule(
+    schedule: str | Schedule,
+    sparsity: float,
+    total_steps: int,
+    update_every: int,
+    prune_until: float,
+    update_until: float,
+) -> Schedule:
+    """The schedule of a name, for the options of a `RankPruner`, or a schedule object as it is.
+
+    Raises:
+        ValueError: an unknown name, an object that contradicts `sparsity` or `total_steps`, fractions outside (0, 1],
+            or no room for one update.
+    """
+    if not isinstance(schedule, str):
+        if schedule.sparsity != sparsity:
+            raise ValueError(f"sparsity={sparsity} contradicts the schedule's {schedule.sparsity}")
+        if schedule.end > total_steps:
+            raise ValueError(f"the schedule ends at step {schedule.end}, after total_steps={total_steps}")
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a schedule object, got {schedule!r}")
+    if not 0 < prune_until <= 1 or not 0 < update_until <= 1:
+        raise ValueError(f"prune_until and update_until must lie in (0, 1], got {prune_until} and {update_until}")
+    end = int(prune_until * total_steps)
+    if end < update_every:
+        raise ValueError(
+            f"total_steps={total_steps} is too short: pruning ends at step {end} (prune_until={prune_until}), "
+            f"before the first update at step {update_every}: pass a smaller update_every"
+        )
+    return SCHEDULES[schedule](sparsity=sparsity, every=update_every, end=end, until=int(update_until * total_steps))

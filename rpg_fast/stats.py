@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from rpg_fast.rank_loss import RankState
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class PruneStats:
             that starts dense, all of them).
         restarted: weights that the update dropped and grew again at once: active as before, at zero.
         left_out: bool [layers with the rank loss], or None before the first rank loss: which weights `method="power"`
-            has left out of its last call, see `RankState.flags`.
+            has left out of its last call, see `RankPruner.settle`.
     """
 
     names: list[str]
@@ -33,7 +31,6 @@ class PruneStats:
     regrown: Tensor
     restarted: Tensor
     left_out: Tensor | None
-    rank_state: RankState = field(repr=False)
 
     @property
     def sparsity(self) -> Tensor:
@@ -41,9 +38,7 @@ class PruneStats:
         return 1 - self.active.double() / self.total.clamp(min=1)
 
     def read(self) -> dict[str, dict[str, int]]:
-        """``{name: {"total": ..., "active": ..., ...}}`` on the host. Waits for the device, and, since it waits,
-        calls `RankState.settle`, which leaves weights that "power" has left out to eigendecompositions."""
+        """``{name: {"total": ..., "active": ..., ...}}``, all counts on the host by one read."""
         fields = ("total", "active", "pruned", "grown", "regrown", "restarted")
         rows: list[list[int]] = torch.stack([getattr(self, name) for name in fields], 1).tolist()  # [B, fields]
-        self.rank_state.settle()
         return {name: dict(zip(fields, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}

@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from rpg_fast.criteria import CRITERIA
 from rpg_fast.distributions import DISTRIBUTIONS
-from rpg_fast.pruner import SCHEDULES
 from rpg_fast.rank_loss import Method
+from rpg_fast.schedules import SCHEDULES
 
 from .config import DEFAULT_LR, TrainConfig, UserError
 from .data import DATASETS

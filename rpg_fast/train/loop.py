@@ -114,6 +114,8 @@ class Trainer:
 
         statistics = network_statistics(self.model, self.config.tail_energy)
         rank_loss = None if self.pruner is None else self.pruner.last_rank_loss
+        if self.pruner is not None:
+            self.pruner.settle()
         return EpochMetrics(
             run=self.name,
             epoch=self.epoch,
