@@ -343,29 +343,11 @@ def spread_gram(m: int, seed: int, exponent: float) -> Tensor:
     return (U * (energies / energies.sum())) @ U.T
 
 
-@dataclass
-class Warm:
-    """Matrices with the windows that a first call in float64 has left, and what that call found."""
-
-    G: Tensor  # fp16 pairs [2, numel]
-    held: list[Tensor]
-    windows: list[filtered.Window]
-    ranks: list[int]
-    tails: list[float]
-
-
-def warm_start(r: Round, values: list[Tensor], target: Tensor) -> Warm:
-    G, held = stored(values, r.plan)
-    windows, ranks, tails = [], [], []
-    for value in held:
-        never = filtered.Window(torch.zeros(1).double(), torch.zeros(1).double())
-        seeded = torch.Generator().manual_seed(1)
-        _, k, e, window = filtered.filter_group(value[None], target, never, filtered.COLD_ROUNDS, seeded)
-        windows.append(window)
-        ranks.append(int(k))
-        tails.append(float(e))
-    assert min(ranks) > 0, f"a first call left a matrix open: {ranks}"
-    return Warm(G, held, windows, ranks, tails)
+def window_around(energies: Tensor, k: int, count: int) -> filtered.Window:
+    """Around the boundary between rank k and k + 1 of a descending spectrum [m], over `count` eigenvalues."""
+    tau = energies[k - 1 : k + 1].mean()[None]
+    half = (energies - tau).abs().sort().values[count - 1 : count + 1].mean()[None]
+    return filtered.Window(tau, half)
 
 
 def whitened(r: Round, Z: Tensor, floor: float, *, relative: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -380,15 +362,16 @@ def whitened(r: Round, Z: Tensor, floor: float, *, relative: bool) -> tuple[Tens
     return Q, found, seen
 
 
-def test_a_warm_round_gives_the_spectral_projector() -> None:
+def test_a_round_at_the_boundary_gives_the_spectral_projector() -> None:
     """All kernels of a round, with the small spectra in float64 between them: k, e and N of an eigendecomposition."""
     sizes, target = (96, 150, 200), torch.tensor(0.1).double()
     r = new_round(sizes, [0] * len(sizes))
-    exponents = (1.0, 0.6, 1.4)
-    warm = warm_start(r, [spread_gram(m, m, x) for m, x in zip(sizes, exponents, strict=True)], target)
-    G, G2, traces, Z, GQ_YQ = warm.G, torch.full_like(warm.G, torch.nan), r.sums(), r.thin(), r.thin(2)
+    G, held = stored([spread_gram(m, m, x) for m, x in zip(sizes, (1.0, 0.6, 1.4), strict=True)], r.plan)
+    wanted = [reference.spectral_projector(value[None], target) for value in held]
+    windows = [window_around(energies[0], int(k), 24) for _, k, _, energies in wanted]
+    G2, traces, Z, GQ_YQ = torch.full_like(G, torch.nan), r.sums(), r.thin(), r.thin(2)
     steps.square_with_moments(G, r.plan, out=G2, moments=r.sums())
-    aims, coefficients = aim(r, warm.held, warm.windows)
+    aims, coefficients = aim(r, held, windows)
     steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
     steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
     steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
@@ -403,10 +386,10 @@ def test_a_warm_round_gives_the_spectral_projector() -> None:
     for b, m in enumerate(sizes):
         sums = torch.cat([r.total(traces, b), seen[b]])[None]
         GQ, YQ = r.rows_of(GQ_YQ, b)[:, None]  # [1, m, w] each
-        end = filtered.conclude_round(warm.windows[b], target, sums, r.rows_of(Q, b)[None], found[b], GQ, YQ)
-        assert bool(end.resolved), f"m = {m} is not resolved: {end}"
-        assert int(end.k) == warm.ranks[b]
-        assert float(end.e) == pytest.approx(warm.tails[b], abs=2e-6)
+        end = filtered.conclude_round(windows[b], target, sums, r.rows_of(Q, b)[None], found[b], GQ, YQ)
+        assert bool(end.resolved), f"m = {m} is not resolved, {int(found[b])} directions found"
+        assert int(end.k) == int(wanted[b][1])
+        assert float(end.e) == pytest.approx(float(wanted[b][2]), abs=2e-6)
         ends[b, 0] = 1 - float(end.e)
         rows = slice(int(r.plan.row_starts[b]), int(r.plan.row_starts[b]) + m)
         Z[rows], Q[rows] = end.Z[0].float().to(DEVICE), end.Q[0].float().to(DEVICE)
@@ -414,10 +397,11 @@ def test_a_warm_round_gives_the_spectral_projector() -> None:
     out = torch.full((sum(m * m for m in sizes),), torch.nan, device=DEVICE)
     thin.finish(Z, Q, ends, r.stages, offsets, r.plan, ring=r.ring, out=out)
     for b, (m, first) in enumerate(zip(sizes, offsets.tolist(), strict=True)):
-        P, k, e, _ = reference.spectral_projector(warm.held[b][None], target)
+        P, k, e, _ = wanted[b]
         error = relative_error(out[first : first + m * m].view(m, m), 2 * P[0] - 2 * (1 - e) * torch.eye(m).double())
-        print(f"m = {m}, k = {int(k)}, {int(r.stages[b])} stages: relative error of N {error:.1e}")
-        assert int(k) == warm.ranks[b]
+        print(
+            f"m = {m}, k = {int(k)}, {int(found[b])} found, {int(r.stages[b])} stages: relative error of N {error:.1e}"
+        )
         assert error < 1e-5
 
 
