@@ -137,7 +137,7 @@ def soft_step(spectrum: Spectrum, window: Window) -> tuple[Tensor, Tensor]:
     tau = window.tau[:, None, None]
     bound = bound_on_shifted(spectrum.moments, m, window.tau)  # [B]
     grid, table = step_table(G.device)
-    row = torch.searchsorted(grid, (window.half / bound).clamp(NARROWEST, WIDEST), right=True) - 1
+    row = (torch.searchsorted(grid, (window.half / bound).clamp(NARROWEST, WIDEST), right=True) - 1).clamp(min=0)
     scale = 1 / bound[:, None, None]
     Y, A = (G - tau * eye) * scale, (spectrum.square - 2 * tau * G + tau**2 * eye) * scale**2
     for stage, (a, b, c) in enumerate(table[row].permute(1, 2, 0)[..., None, None]):  # STAGES x [3, B, 1, 1]

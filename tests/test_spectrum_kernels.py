@@ -4,12 +4,14 @@ and both, in rounds, against the whole spectrum."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from aot import ROOT
 from cases import make_weight, seeded
 from torch import Tensor
 
@@ -375,3 +377,11 @@ def test_device_table(length: int, device: torch.device) -> None:
     assert table.tolist() == values
     assert (table.dtype, table.device) == (torch.int64, like.device)
     torch.library.opcheck(op("device_table"), (like, values))
+
+
+def test_constants_are_those_of_the_plain_torch_method() -> None:
+    """csrc keeps its own copies."""
+    source = "".join((ROOT / "csrc" / name).read_text() for name in ("window.h", "spectrum.h", "basis.h"))
+    found = {name: float(value) for name, value in re.findall(r"\bk(\w+) = ([\d.e-]+)[,;]", source)}
+    names = ("Narrowest", "Widest", "First", "Search", "Fill", "Density", "Leak", "Room", "Small", "Width")
+    assert {name: found[name] for name in names} == {name: getattr(filtered, name.upper()) for name in names}
