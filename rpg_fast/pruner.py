@@ -244,9 +244,10 @@ class RankPruner:
         return grads
 
     def _all_finite(self, grads: list[Tensor]) -> Tensor:
-        """Whether no gradient holds NaN or inf: bool, 0-d, in a few launches for all."""
-        norm = nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf, foreach=True)
-        return norm.isfinite().to(self.masks.bits.device)
+        """Whether no gradient holds NaN or inf: bool, 0-d. It is GradScaler's check, here with a scale of one."""
+        found = torch.zeros((), device=self.masks.bits.device)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
+        return found == 0
 
     def _prune(self, step: int) -> Tensor:
         """The bits that stay when the active weights are cut to the schedule's count by magnitude."""

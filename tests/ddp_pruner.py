@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rpg_fast import MaskedSGD, RankPruner
+from rpg_fast import MaskedSGD, PackedMasks, RankPruner
 
 
 def main(rank: int, store: str, out: str) -> None:
@@ -37,6 +37,9 @@ def main(rank: int, store: str, out: str) -> None:
         results[criterion] = pruner.masks.state_dict()["bits"]
         results[f"{criterion} zeros"] = [w.detach() == 0 for w in pruner.weights.values()]
         results[f"{criterion} masks"] = pruner.masks.unpack()
+    weight = torch.zeros(2000)
+    masks = PackedMasks({"w": weight}).load_({"w": torch.arange(2000) % (rank + 2) == 0})
+    results["digests"] = [masks.digest(), masks.broadcast_(src=1).digest()]
     torch.save(results, f"{out}.{rank}")
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import math
 import pickle
@@ -311,6 +312,76 @@ def test_copies_find_the_masks_of_the_copied_weights(how: object) -> None:
     assert torch.equal(new_held.unpack()["weight"], held.unpack()["weight"])
     new_held.load_({"weight": torch.ones(3, 5, dtype=torch.bool)})
     assert int(held.count()) == int(random_mask((3, 5)).sum())
+
+
+def test_equality_is_of_content_and_decided_on_the_device(device: torch.device) -> None:
+    shapes: list[Shape] = [(7, 5, 3, 3), (12, 4), (13,)]
+    held, masks = packed(shapes, device)
+    for layout in LAYOUTS:
+        other, _ = packed(shapes, device, layout)
+        same = held == other
+        assert (same.dtype, same.shape, same.device.type) == (torch.bool, (), device.type)
+        assert same
+        assert (held != other) is False
+        assert held.digest() == other.digest()
+    last = {**masks, "w2": masks["w2"].clone().logical_xor_(torch.arange(13, device=device) == 12)}
+    differing = [
+        PackedMasks(held.weights).load_(last),
+        PackedMasks({f"v{i}": w for i, w in enumerate(held.weights.values())}).load_(
+            {f"v{i}": m for i, m in enumerate(masks.values())}
+        ),
+        PackedMasks({"w0": held.weights["w0"]}).load_({"w0": masks["w0"]}),
+        PackedMasks({**held.weights, "w1": torch.zeros(4, 12, device=device)}).load_({**masks, "w1": masks["w1"].mT}),
+    ]
+    for other in differing:
+        assert not bool(held == other)
+        assert held.digest() != other.digest()
+    assert held != "masks"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(held)
+
+
+def test_digest_never_changes() -> None:
+    """Saved digests stay valid: the format is part of the interface."""
+    held = PackedMasks({"a": torch.zeros(9), "b.weight": torch.zeros(2, 2)})
+    held.load_({"a": torch.arange(9) % 3 == 0, "b.weight": torch.eye(2).bool()})
+    content = b'[["a", "b.weight"], [[9], [2, 2]]]' + bytes([0b01001001, 0]).ljust(128, b"\0")
+    content += bytes([0b1001]).ljust(128, b"\0")
+    assert held.digest() == hashlib.sha256(content).hexdigest()
+
+
+def test_weights_that_change_their_memory_format_keep_their_masks(device: torch.device) -> None:
+    """A channels_last model whose masks were made before gives the steps and updates of one whose masks came after."""
+    results = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = nn.Conv2d(5, 7, 3).to(device)
+        model = model if early else model.to(memory_format=torch.channels_last)
+        optimizer = rpg_fast.MaskedSGD(model.parameters(), 0.1, momentum=0.9)
+        pruner = rpg_fast.RankPruner(model, optimizer, sparsity=0.8, total_steps=20, update_every=4)
+        model.to(memory_format=torch.channels_last)
+        for step in range(20):
+            model.weight.grad = torch.randn(7, 5, 3, 3, generator=seeded(step)).to(device)
+            if pruner.step():
+                optimizer.step()
+        assert not model.weight.detach()[~pruner.masks.unpack()["weight"]].any()
+        results.append((pruner.masks, model.weight.detach()))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_masks_follow_their_weights(device: torch.device) -> None:
+    model = nn.Linear(5, 3)
+    held = PackedMasks({"weight": model.weight}).load_({"weight": random_mask((3, 5))})
+    assert held.to("cpu") is held
+    model.to(device)
+    assert held.to(device).bits.device == model.weight.device
+    assert torch.equal(held.unpack()["weight"].cpu(), random_mask((3, 5)))
+    with pytest.raises(ValueError, match=r"weight is on .*, wanted meta; move it first"):
+        held.to("meta")
+    assert held.bits.device == model.weight.device
+    with pytest.raises(RuntimeError, match="broadcast_ needs torch.distributed"):
+        held.broadcast_()
 
 
 # ------------------------------------------------------------------------------------------------------ mask_gradients_

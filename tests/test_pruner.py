@@ -705,6 +705,7 @@ def test_two_processes_end_with_the_masks_of_the_first(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2))
+    assert first["digests"][0] != first["digests"][1] == second["digests"][0] == second["digests"][1]
     for criterion in ("rigl", "set"):
         assert torch.equal(first[criterion], second[criterion])
         for rank in (first, second):
