@@ -242,6 +242,8 @@ def _serve_by_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         return
     served = {"rank_apply": "apply", "rank_apply_": "apply"}
+    if has_kernel("device_table", "CUDA"):  # without it, addresses reach the device by a copy that the host waits for
+        served |= {"mask_": "optim", "masked_sgd_": "optim", "masked_adamw_": "optim"}
     if has_kernel("filter_conclude_", "CUDA"):  # the blocks between the products, without which the host would read
         served["rank_filter"] = "rank_filter"
 

@@ -33,12 +33,14 @@ class KernelSpec:
     aligned: tuple[str, ...]  # arguments divisible by 16, as the launcher finds pointers and such integers to be
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one spec compiled to; sizes in bytes, ``shared`` includes the dynamic part; ``wide_loads``: instructions
-    that load 16 bytes a thread from global memory."""
+    """What one spec compiled to; sizes in bytes, ``shared`` includes the dynamic part; ``wide_loads``,
+    ``wide_stores``: instructions that move 16 bytes a thread from and to global memory; ``multiply_adds``: fused ones,
+    in float32."""
 
     spec: KernelSpec
     registers: int
@@ -46,6 +48,8 @@ class CompiledKernel:
     local: int
     shared: int
     wide_loads: int = 0
+    wide_stores: int = 0
+    multiply_adds: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -89,7 +93,7 @@ def _compile(spec: dict[str, Any]) -> dict[str, Any]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", spec["arch"], 32),
-        options={"num_warps": spec["num_warps"], "num_stages": spec["num_stages"]},
+        options={name: spec[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": spec["fp_fusion"]},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -106,6 +110,8 @@ def _compile(spec: dict[str, Any]) -> dict[str, Any]:
         "local": local,
         "shared": compiled.metadata.shared,
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128", sass)),
+        "multiply_adds": len(re.findall(r"\bFFMA\b", sass)),
         "instructions": {name: count for name, count in instructions.items() if count},
     }
 
