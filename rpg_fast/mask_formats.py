@@ -112,9 +112,10 @@ def from_backward_masks(
         named = dict(zip(weights, masks, strict=True))
     else:
         raise TypeError(f"masks must be a list of tensors in the order of the weights, got {type(masks).__name__}")
-    dense = {name for name, mask in named.items() if mask is None}
-    bools = {name: _as_bool(name, mask) for name, mask in named.items() if mask is not None}
-    return PackedMasks(weights).load_({**bools, **{name: _ones(w) for name, w in weights.items() if name in dense}})
+    none = torch.empty(0)  # of a name that is unknown, which `load_` tells
+    return PackedMasks(weights).load_(
+        {name: _ones(weights.get(name, none)) if mask is None else _as_bool(name, mask) for name, mask in named.items()}
+    )
 
 
 def to_backward_masks(masks: PackedMasks) -> list[Tensor]:

@@ -176,5 +176,7 @@ def test_the_target_is_reached_though_an_update_meets_an_overflow(bad_step: int)
             layer.weight.grad[0, 0] = torch.inf
         if trained.step():
             optimizer.step()
+    assert (int(trained.masks.count()) == 160) == (bad_step == 80)  # the last update left everything as it was
+    assert trained.finalize() == 0.9
     assert int(trained.masks.count()) == 160
     assert int((layer.weight != 0).sum()) <= 160

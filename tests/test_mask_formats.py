@@ -129,7 +129,7 @@ def test_backward_masks_there_and_back(dtype: torch.dtype, device: torch.device)
         (lambda m: [m[0], m[2], m[1]], ValueError, r"mask of 2.weight has shape \(4, 6\), wanted \(6, 6, 3, 3\)"),
         (lambda m: [m[0] * 2.0, m[1], m[2]], ValueError, "mask of 0.weight must be 0 or 1 everywhere, got 2.0"),
         (lambda m: [m[0], m[1], "dense"], TypeError, "mask of 4.weight must be a tensor or None, got str"),
-        (lambda m: {"0.weight": m[0], "w": m[1]}, ValueError, r"missing \['2.weight', '4.weight'\], unknown \['w'\]"),
+        (lambda m: {"0.weight": m[0], "w": None}, ValueError, r"missing \['2.weight', '4.weight'\], unknown \['w'\]"),
         (lambda m: m[0], TypeError, "masks must be a list of tensors in the order of the weights, got Tensor"),
     ],
 )
