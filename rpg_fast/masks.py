@@ -100,8 +100,8 @@ class PackedMasks:
     format later keep their masks; the bits stay in the order of the time when they were packed, which costs speed.
 
     ``a == b`` tells whether names, order of names, shapes and every mask are equal, whatever the memory formats: a 0-d
-    bool tensor on `a`'s device, so that nothing waits until it is read: ``if a == b`` is one read, and so is ``a != b``,
-    a bool. Masks are mutable and have no `hash`; `digest` identifies their content.
+    bool tensor on `a`'s device, so that nothing waits until it is read: ``if a == b`` is one read; ``a != b`` reads,
+    and is a bool. Masks are mutable and have no `hash`; `digest` identifies their content.
 
     Args:
         weights: the masked tensors by name, of any layout, on one device.
