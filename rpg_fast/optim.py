@@ -53,7 +53,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         """One step; with a `closure`, it is called first (with gradients enabled) and its loss returned.
 
         Raises:
-            TypeError: a sparse gradient.
+            TypeError: a sparse gradient. RuntimeError: the first step of a parameter with state, in a CUDA graph.
         """
         loss = None
         if closure is not None:
@@ -82,7 +82,13 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         """One step of parameters on one device that are all fresh or all not."""
 
     def _new_state(self, p: Tensor) -> Tensor:
-        """Zeros in the parameter's layout, float32 for 16-bit parameters."""
+        """Zeros in the parameter's layout, float32 for 16-bit parameters. They outlive a graph, which would zero them
+        again with every replay."""
+        if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first step of a parameter of shape {tuple(p.shape)} is captured in a CUDA graph: step once "
+                "before, to make its state"
+            )
         return torch.zeros_like(p, dtype=reference.accumulation_dtype([p]))
 
     def _bits(self, params: list[Tensor]) -> tuple[Tensor | None, list[int], list[tuple[int, ...]]]:
@@ -135,8 +141,11 @@ class MaskedSGD(_MaskedOptimizer):
 
     float32, float64, bfloat16 and float16 parameters; 16-bit ones step in float32 and keep a float32 momentum. With
     a GradScaler, unscaling and skipping happen inside the step, without a host synchronisation (beside a `RankPruner`,
-    unscale before its step, as it shows); with dampening, a
-    first step that is skipped leaves a zero momentum behind where torch would leave none.
+    unscale before its step, as it shows); with dampening, a first step that is skipped leaves a zero momentum behind
+    where torch would leave none.
+
+    A step can be captured in a CUDA graph (no `capturable` has to be asked for) once one has been taken before, which
+    makes the state. In the graph `lr` is live as a tensor on the parameters' device; all other options are constants.
 
     Equivalent to::
 
@@ -207,8 +216,8 @@ class MaskedAdamW(_MaskedOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; `lr` may be a 0-d tensor.
         masks: the `PackedMasks` of some of the parameters; `set_masks` changes them.
 
-    Dtypes and GradScaler as in `MaskedSGD`. The step counts are tensors on the parameters' device (torch's
-    `capturable`).
+    Dtypes, GradScaler and CUDA graphs as in `MaskedSGD`. The step counts are tensors on the parameters' device, live in
+    a graph.
 
     Equivalent to: torch.optim.AdamW between the maskings that `MaskedSGD` shows, of `exp_avg` and `exp_avg_sq` as well.
     """
@@ -243,13 +252,10 @@ class MaskedAdamW(_MaskedOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], first_step: bool) -> None:
         if first_step:
+            names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
             for p in params:
-                state = self.state[p]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = self._new_state(p)
-                state["exp_avg_sq"] = self._new_state(p)
-                if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = self._new_state(p)
+                moments = {name: self._new_state(p) for name in names}
+                self.state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device), **moments)
         states = [self.state[p] for p in params]
         maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
         bits, offsets, orders = self._bits(params)

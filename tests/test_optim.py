@@ -493,6 +493,55 @@ def test_copies_keep_their_masks(kind: Any, how: Callable[[Any], Any], device: t
     assert all(not copies[int(name)][~mask].any() for name, mask in masks.items())
 
 
+class _OnCuda(nn.Parameter):
+    """A parameter that says that it lies on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+
+@both_kinds
+def test_state_is_not_made_while_a_graph_is_captured(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    p = _OnCuda(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    optimizer = kind([p], lr=0.1, **MOMENTS[kind])
+    for _ in range(2):  # the failure leaves nothing behind
+        with pytest.raises(
+            RuntimeError, match=r"first step of a parameter of shape \(3, 2\) is captured in a CUDA graph"
+        ):
+            optimizer.step()
+    assert not state_tensors(optimizer, p)
+    assert p.tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@both_kinds
+def test_grad_scaler_waits_for_nothing(kind: Any) -> None:
+    """With and without `unscale_`, with and without inf."""
+    ours = make_params(torch.device("cuda"))
+    held, _ = make_masks(ours)
+    optimizer = kind(ours, lr=0.1, **MOMENTS[kind], masks=held)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**6)
+    scaler.scale(torch.zeros((), device="cuda"))
+    for step in range(6):
+        set_gradients(ours, step)
+        if step == 4:
+            ours[0].grad.view(-1)[5] = torch.inf
+        before = [p.detach().clone() for p in ours]
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two compile
+        try:
+            if step % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(p, q) for p, q in zip(ours, before, strict=True)) == (step == 4)
+
+
 def test_foreign_masks_and_no_masks(device: torch.device) -> None:
     p, q = nn.Parameter(torch.ones(3, device=device)), nn.Parameter(torch.ones(3, device=device))
     foreign = PackedMasks({"q": q})
