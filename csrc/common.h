@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -79,6 +80,10 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16;
 }
 
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto left = a.sizes(), right = b.sizes();
   if (left.size() != right.size()) return false;
@@ -144,6 +149,30 @@ inline void check_segments(const char* op, const Tensor& bits, const std::vector
   const int64_t nbytes = check_bits(op, "bits", bits);
   check_length(op, "offsets", offsets.size(), numels.size());
   for (size_t i = 0; i < offsets.size(); ++i) check_segment(op, i, offsets[i], numels[i], nbytes);
+}
+
+/// Every tensor and offset of a selection lies where the others do and fits.
+inline void check_selection(const char* op, const std::vector<Tensor>& scores, const Tensor& counts,
+                            const std::vector<int64_t>& offsets, int64_t nbytes, const std::optional<Tensor>& eligible,
+                            bool per_tensor) {
+  check_length(op, "offsets", offsets.size(), scores.size());
+  STD_TORCH_CHECK(nbytes >= 0, op, ": nbytes must not be negative, got ", nbytes);
+  const int64_t problems = per_tensor ? static_cast<int64_t>(scores.size()) : 1;
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
+                      counts.numel() == problems && (scores.empty() || on_same_device(counts, scores[0])),
+                  op, ": counts must be int64 [", problems, "] where the scores are, got ", describe(counts));
+  STD_TORCH_CHECK(!eligible || (check_bits(op, "eligible", *eligible) >= nbytes && on_same_device(*eligible, counts)),
+                  op, ": eligible must be uint8 of at least ", nbytes, " bytes where counts is, got ",
+                  describe(*eligible));
+  for (size_t i = 0; i < scores.size(); ++i) {
+    STD_TORCH_CHECK(on_same_device(scores[i], counts) && is_floating(scores[i].scalar_type()), op, ": scores[", i,
+                    "] must be floating where counts is, got ", describe(scores[i]));
+    const bool one_kind = per_tensor || (scores[i].scalar_type() == ScalarType::Double) ==
+                                            (scores[0].scalar_type() == ScalarType::Double);
+    STD_TORCH_CHECK(one_kind, op, ": float64 scores cannot be ranked with others: scores[0] is ", describe(scores[0]),
+                    ", scores[", i, "] is ", describe(scores[i]));
+    check_segment(op, i, offsets[i], scores[i].numel(), nbytes);
+  }
 }
 
 /// torch's current CUDA stream as a cudaStream_t. The symbol is looked up so that one library loads beside any torch.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("test_csrc_block.cpp", "test_csrc_spectrum.cpp")
+SOURCES = ("test_csrc_block.cpp", "test_csrc_spectrum.cpp", "test_csrc_select.cpp")
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler (CXX, g++, clang++)")

@@ -1,6 +1,4 @@
-#include <cuda_runtime.h>
-
-#include "../common.h"
+#include "tables.h"
 
 namespace rpg_fast {
 namespace {
@@ -15,7 +13,9 @@ __global__ void __launch_bounds__(kValuesPerLaunch) table_kernel(const Values va
   if (static_cast<int>(threadIdx.x) < count) table[threadIdx.x] = values.value[threadIdx.x];
 }
 
-Tensor device_table_cuda(Tensor like, std::vector<int64_t> values) {
+}  // namespace
+
+Tensor device_table(Tensor like, std::vector<int64_t> values) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const auto stream = static_cast<cudaStream_t>(current_cuda_stream(like.get_device_index()));
   const int64_t count = static_cast<int64_t>(values.size());
@@ -32,8 +32,13 @@ Tensor device_table_cuda(Tensor like, std::vector<int64_t> values) {
   return table;
 }
 
-}  // namespace
+Tensors TensorTable::upload(const Tensor& like) {
+  std::vector<int64_t> values(kRowColumns * rows_.size());
+  std::memcpy(values.data(), rows_.data(), values.size() * sizeof(int64_t));
+  table_ = device_table(like, values);
+  return {static_cast<const int64_t*>(table_.const_data_ptr()), static_cast<int64_t>(rows_.size()), tiles_};
+}
 
-STABLE_TORCH_LIBRARY_IMPL(rpg_fast, CUDA, m) { m.impl("device_table", TORCH_BOX(&device_table_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(rpg_fast, CUDA, m) { m.impl("device_table", TORCH_BOX(&device_table)); }
 
 }  // namespace rpg_fast
