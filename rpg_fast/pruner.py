@@ -130,9 +130,7 @@ class RankPruner:
         self._momentum = self._grow if isinstance(self._grow, Momentum) else None
         self.schedule = make_schedule(schedule, sparsity, total_steps, update_every, prune_until, update_until)
         if criterion == "static" and not isinstance(self.schedule, ConstantSparsity):
-            raise ValueError(
-                'criterion="static" makes masks once: take schedule="constant", or "gmp" to prune gradually'
-            )
+            raise ValueError('criterion="static" makes masks once: take schedule="constant" (or "gmp": gradually)')
         self.drop = CosineDrop(drop_fraction, max(self.schedule.last_update, self.schedule.until or 1))
         self.distribution = distribution if isinstance(distribution, str) else dict(distribution)
         self.rank_weight, self.tail_energy = rank_weight, tail_energy
@@ -274,11 +272,12 @@ class RankPruner:
             after = kept | grown
         self._before.copy_(before)
         self._ever_active.bits |= before
-        self._adopt(torch.where(finite, after, before), torch.where(finite, kept, 255))
+        after, before, kept = (bits.view(torch.int64) for bits in (after, before, kept))  # eight bytes at a time
+        self._adopt(torch.where(finite, after, before), torch.where(finite, kept, -1))
 
     def _adopt(self, bits: Tensor, kept: Tensor) -> None:
         """Everyone takes over rank 0's `bits` as masks, and zeroes weights and state outside rank 0's `kept`."""
-        both = torch.stack([bits, kept])  # [2, nbytes]
+        both = torch.stack([bits, kept]).view(torch.uint8)  # [2, nbytes]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(both, group=self.process_group, group_src=0)
         self.masks.bits.copy_(both[0])
