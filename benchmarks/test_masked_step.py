@@ -1,8 +1,10 @@
-"""One optimizer step with masks: all 161 parameters of ResNet-50, masks of 90 % zeros on the 54 prunable ones."""
+"""One optimizer step with masks: all 161 parameters of ResNet-50, masks of 90 % zeros on the 54 prunable ones. On a GPU
+several copies of the network step one after another: none of them is still in a cache when its turn comes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +15,22 @@ from torch import Tensor, nn
 import rpg_fast
 from benchmarks.conftest import Scale
 from benchmarks.race import Contestant, Race, entries, fastest
+from benchmarks.rates import Rates
+from benchmarks.work import Work
 from benchmarks.workload import prune, resnet50
 from tests.cases import relative_error
 
 FOREACH = "torch foreach, multiplications by masks"
 FUSED = "torch fused, multiplications by masks"
+PUBLISHED = "masking of gradients, step, masking of state and weights, layer by layer, as published"
 COPY = "copy_ of as many bytes"
+COPIES = {"cuda": 3, "cpu": 1}  # 3 x 0.3 GB and more: the largest caches of GPUs hold about 0.1 GB
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer of torch, its masked counterpart, and the float32 values that a step has to read and write for each
-    weight: weight, gradient and state; weight and state."""
+    """An optimizer of torch, its masked counterpart, the float32 values that a step has to read and write for each
+    weight (weight, gradient and state; weight and state), and its operations on them."""
 
     name: str
     theirs: type[torch.optim.Optimizer]
@@ -32,6 +38,7 @@ class Kind:
     options: dict[str, float]
     state: tuple[str, ...]
     moved: int
+    flops: int
 
 
 SGD = Kind(
@@ -41,6 +48,7 @@ SGD = Kind(
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
     state=("momentum_buffer",),
     moved=5,
+    flops=7,
 )
 ADAMW = Kind(
     "AdamW",
@@ -49,6 +57,7 @@ ADAMW = Kind(
     {"lr": 1e-3, "weight_decay": 1e-2},
     state=("exp_avg", "exp_avg_sq"),
     moved=7,
+    flops=15,
 )
 
 
@@ -76,7 +85,10 @@ class Training:
         return [t.clone() for t in self._tensors()[: len(self.parameters) + len(self.state)]]
 
 
-def with_multiplications(training: Training, masks: list[Tensor], keys: tuple[str, ...]) -> Any:
+Step = Callable[[], Any]
+
+
+def with_multiplications(training: Training, masks: list[Tensor], keys: tuple[str, ...]) -> Step:
     """The step of a torch optimizer between the multiplications by masks of gradients, and of state and weights."""
     weights = list(training.weights.values())
     gradients = [w.grad for w in weights]
@@ -87,6 +99,25 @@ def with_multiplications(training: Training, masks: list[Tensor], keys: tuple[st
         torch._foreach_mul_(gradients, masks)
         training.optimizer.step()
         torch._foreach_mul_(after, masks_after)
+
+    return run
+
+
+def as_published(training: Training, masks: list[Tensor], keys: tuple[str, ...]) -> Step:
+    """What the published hook of every gradient does, the step of a torch optimizer, and the published loops over state
+    (of AdamW, which they leave alone, its moments) and weights."""
+    weights = list(training.weights.values())
+
+    @torch.no_grad()
+    def run() -> None:
+        for w, mask in zip(weights, masks, strict=True):
+            w.grad.mul_(mask)
+        training.optimizer.step()
+        for w, mask in zip(weights, masks, strict=True):
+            for key in keys:
+                training.optimizer.state[w][key].mul_(mask)
+        for w, mask in zip(weights, masks, strict=True):
+            w.mul_(mask)
 
     return run
 
@@ -104,67 +135,114 @@ def agree(outcomes: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
     return measures
 
 
-def race_of(kind: Kind, scale: Scale) -> Race:
+@dataclass
+class Job:
+    """One kind of step on copies of one network with gradients."""
+
+    kind: Kind
+    scale: Scale
+    model: nn.Module
+    masks: dict[str, Tensor]
+
+    @property
+    def copies(self) -> int:
+        """How many networks step in one call; two in small runs, so that these, too, go through several."""
+        return COPIES[self.scale.device.type] if self.scale.full else 2
+
+    def trainings(self, optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> list[Training]:
+        networks = [copy.deepcopy(self.model) for _ in range(self.copies)]
+        for network in networks:
+            for p, original in zip(network.parameters(), self.model.parameters(), strict=True):
+                p.grad = original.grad.clone()
+        return [Training(n, optimizer(n.parameters(), **self.kind.options, **options)) for n in networks]
+
+    def work(self) -> Work:
+        """Of the whole network; the masks add a bit a weight."""
+        numel = sum(p.numel() for p in self.model.parameters())
+        masked = sum(mask.numel() for mask in self.masks.values())
+        return Work({"fp32": float(self.kind.flops * numel)}, 4 * self.kind.moved * numel + masked / 8)
+
+    def contestant(self, name: str, trainings: list[Training], steps: list[Step], setting: str = "") -> Contestant:
+        def reset() -> None:
+            for training in trainings:
+                training.reset()
+
+        return Contestant(
+            name,
+            lambda: [step() for step in steps],
+            lambda _: [t for training in trainings for t in training.outcome(None)],
+            reset,
+            graph=True,
+            setting=setting,
+            calls=self.copies,
+            work=self.work,
+        )
+
+    def peer(self, name: str, sequence: Callable[..., Step], **how: bool) -> Contestant:
+        """A sequence around the step of torch's optimizer, with float or bool masks, whichever is faster."""
+        if self.scale.device.type == "cuda" and self.kind is ADAMW:
+            how = how | {"capturable": True}
+        trainings = self.trainings(self.kind.theirs, **how)
+        candidates = []
+        for setting, dtype in (("float masks", torch.float32), ("bool masks", torch.bool)):
+            steps = []
+            for training in trainings:
+                masks = [mask.to(dtype, copy=True) for mask in self.masks.values()]
+                steps.append(sequence(training, masks, self.kind.state))
+            candidates.append(self.contestant(name, trainings, steps, setting))
+        return fastest(*candidates) if self.scale.full else candidates[0]
+
+    def ours(self) -> Contestant:
+        trainings = self.trainings(self.kind.ours)
+        for training in trainings:
+            training.optimizer.set_masks(rpg_fast.PackedMasks(training.weights).load_(self.masks))
+        setting = self.scale.backend("masked_sgd_" if self.kind is SGD else "masked_adamw_")
+        steps = [training.optimizer.step for training in trainings]
+        return self.contestant(f"rpg_fast.{self.kind.ours.__name__}", trainings, steps, setting)
+
+    def copying(self) -> Contestant:
+        """As many bytes as a step moves, half of them read and half written. A CPU fetches what it is about to
+        overwrite, which a step in place is spared: it can be a little faster than this."""
+        numel = int(self.work().bytes) // 8
+        sources = [torch.ones(numel, device=self.scale.device) for _ in range(self.copies)]
+        targets = [torch.empty_like(source) for source in sources]
+
+        def run() -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
+
+        return Contestant(COPY, run, graph=True, calls=self.copies, work=self.work)
+
+
+def race_of(kind: Kind, scale: Scale, rates: Rates | None) -> Race:
     model = resnet50(scale.device, full=scale.full)
     masks = prune(model)
     generator = torch.Generator(scale.device).manual_seed(1)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, device=p.device, generator=generator).mul_(1e-3)
-
-    copying = _copying(kind, model)
-    ours = _ours(kind, _copy(model), masks, scale)
-    foreach = _peer(kind, FOREACH, _copy(model), masks, "foreach", scale.full)
-    fused = _peer(kind, FUSED, _copy(model), masks, "fused", scale.full)
-    return Race(f"masked step, {kind.name}, 161 parameters", [foreach, fused, ours, copying], agree, full=scale.full)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    network = copy.deepcopy(model)
-    for p, original in zip(network.parameters(), model.parameters(), strict=True):
-        p.grad = original.grad.clone()
-    return network
-
-
-def _peer(kind: Kind, name: str, model: nn.Module, masks: dict[str, Tensor], how: str, full: bool) -> Contestant:
-    on_gpu = next(model.parameters()).is_cuda
-    capturable = {"capturable": True} if on_gpu and kind is ADAMW else {}
-    training = Training(model, kind.theirs(model.parameters(), **kind.options, **{how: True}, **capturable))
-    candidates = []
-    for setting, dtype in (("float masks", torch.float32), ("bool masks", torch.bool)):
-        run = with_multiplications(training, [mask.to(dtype) for mask in masks.values()], kind.state)
-        candidates.append(Contestant(name, run, training.outcome, training.reset, graph=True, setting=setting))
-    return fastest(*candidates) if full else candidates[0]
-
-
-def _ours(kind: Kind, model: nn.Module, masks: dict[str, Tensor], scale: Scale) -> Contestant:
-    training = Training(model, kind.ours(model.parameters(), **kind.options))
-    training.optimizer.set_masks(rpg_fast.PackedMasks(training.weights).load_(masks))
-    setting = scale.backend("masked_sgd_" if kind is SGD else "masked_adamw_")
-    name = f"rpg_fast.{kind.ours.__name__}"
-    return Contestant(name, training.optimizer.step, training.outcome, training.reset, graph=True, setting=setting)
-
-
-def _copying(kind: Kind, model: nn.Module) -> Contestant:
-    """As many bytes as a step moves, half of them read and half written; the masks add a bit a weight. A CPU fetches
-    what it is about to overwrite, which a step in place is spared: it can be a little faster than this."""
-    numel = sum(p.numel() for p in model.parameters())
-    source = torch.ones((4 * kind.moved * numel + numel // 8) // 8, device=next(model.parameters()).device)
-    target = torch.empty_like(source)
-    return Contestant(COPY, lambda: target.copy_(source), graph=True)
+    job = Job(kind, scale, model, masks)
+    contestants = [
+        job.peer(PUBLISHED, as_published),
+        job.peer(FOREACH, with_multiplications, foreach=True),
+        job.peer(FUSED, with_multiplications, fused=True),
+        job.ours(),
+        job.copying(),
+    ]
+    return Race(f"masked step, {kind.name}, 161 parameters", contestants, agree, full=scale.full, rates=rates)
 
 
 @pytest.fixture(scope="module")
-def sgd(scale: Scale) -> Race:
-    return race_of(SGD, scale)
+def sgd(scale: Scale, rates: Rates | None) -> Race:
+    return race_of(SGD, scale, rates)
 
 
 @pytest.fixture(scope="module")
-def adamw(scale: Scale) -> Race:
-    return race_of(ADAMW, scale)
+def adamw(scale: Scale, rates: Rates | None) -> Race:
+    return race_of(ADAMW, scale, rates)
 
 
 def names(ours: str) -> list[str]:
-    contestants = [FOREACH, FUSED, ours, COPY]
+    contestants = [PUBLISHED, FOREACH, FUSED, ours, COPY]
     return entries(contestants, graphs=contestants)
 
 
