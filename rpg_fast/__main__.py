@@ -10,8 +10,8 @@ import sys
 import rpg_fast
 from rpg_fast import _info
 
-TRAINING = ("train", "evaluate")
-TRAINING_EXTRA = ("matplotlib", "numpy", "sklearn", "tqdm")
+TRAINING = ("train", "evaluate", "export")
+TRAINING_EXTRA = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and which kernel serves which op (the default)")
     info.add_argument("--json", action="store_true", help="the same, as one JSON object")
     commands.add_parser("train", help="train a network into a sparse one; `rpg-fast train --help`", add_help=False)
-    commands.add_parser("evaluate", help="accuracy of a checkpoint; `rpg-fast evaluate --help`", add_help=False)
+    commands.add_parser("evaluate", help="what a checkpoint is worth; `rpg-fast evaluate --help`", add_help=False)
+    commands.add_parser("export", help="a checkpoint in other formats; `rpg-fast export --help`", add_help=False)
     return parser
 
 

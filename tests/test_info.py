@@ -73,7 +73,7 @@ def test_version_and_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None
     assert "invalid choice: 'trian'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
 def test_training_commands_get_the_whole_command_line(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     cli = types.ModuleType("rpg_fast.train.cli")
     seen = []

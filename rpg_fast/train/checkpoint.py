@@ -13,7 +13,6 @@ import torch
 
 from .config import TrainConfig, UserError
 from .data import Dataset
-from .models import ResNet, build_model
 
 SMALL_IMAGE = 64  # pixels; up to here the 7x7 stem and the max-pooling would throw too much away
 FORMAT = "rpg_fast.train/1"
@@ -65,17 +64,3 @@ def model_arguments(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         "width": config.width,
         "zero_init_residual": config.zero_init_residual,
     }
-
-
-def restore_model(checkpoint: dict[str, Any]) -> ResNet:
-    """The network of a checkpoint, with its weights.
-
-    Raises:
-        UserError: names or shapes in the file do not fit the network that it says it holds.
-    """
-    try:
-        model = build_model(**checkpoint["model"])
-        model.load_state_dict(checkpoint["state_dict"], strict=True)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's weights do not fit its model: {str(error).splitlines()[0]}") from error
-    return model

@@ -1,4 +1,4 @@
-"""The commands `rpg-fast train` and `rpg-fast evaluate`."""
+"""The commands `rpg-fast train`, `rpg-fast evaluate` and `rpg-fast export`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rpg_fast.schedules import SCHEDULES
 
 from .config import DEFAULT_LR, TrainConfig, UserError
 from .data import DATASETS
+from .evaluate import add_evaluate
+from .export import add_export
 from .models import ARCHITECTURES
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
@@ -28,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `train` or `evaluate`. Returns 0, or 2 with one line on stderr where the input is no good."""
+    """Runs one of them. Returns 0, or 2 with one line on stderr where the input is no good."""
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
@@ -75,22 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on with the interrupted run in DIR, with its own options (only --device and --threads may be new)",
     )
 
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="test accuracy, sparsity and ranks of a checkpoint",
-        description="Prints test accuracy, sparsity and a table of ranks. The model, the data and the precision are "
-        "those of the training unless options say otherwise.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    evaluate.set_defaults(command=_evaluate, name="evaluate")
-    evaluate.add_argument("checkpoint", type=Path, help="a checkpoint.pt or dense.pt, or the folder of a run")
-    evaluate.add_argument("--data", choices=DATASETS, help="another data set, with the same classes and channels")
-    evaluate.add_argument("--image-size", type=int, metavar="PIXELS", help="another side of the images")
-    evaluate.add_argument("--batch-size", type=int, metavar="N")
-    evaluate.add_argument("--tail-energy", type=float, metavar="FRACTION", help="another tail energy for the ranks")
-    evaluate.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")
-    evaluate.add_argument("--threads", type=int, metavar="N")
+    add_evaluate(commands)
+    add_export(commands)
     return parser
 
 
@@ -224,19 +212,4 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         result = train(TrainConfig(**options), given.get("out"))
     print(summary(result))
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    overrides = {name: value for name, value in vars(arguments).items() if name in DEFAULTS}
-    path = arguments.checkpoint
-
-    from .layers import layer_table
-    from .run import evaluate
-
-    config, accuracy, statistics = evaluate(path / "checkpoint.pt" if path.is_dir() else path, overrides=overrides)
-    print(f"{config.arch} on {config.data}, k at tail energy {config.tail_energy:g}\n")
-    print(layer_table(statistics))
-    print(f"\naccuracy   {accuracy:.2%}")
-    print(f"sparsity   {statistics.sparsity:.4%}: {statistics.zeros:,} of {statistics.size:,} weights are zero")
     return 0

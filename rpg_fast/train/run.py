@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import load_checkpoint, model_arguments, restore_model, save_checkpoint
+from .checkpoint import load_checkpoint, model_arguments, save_checkpoint
 from .config import TrainConfig, UserError
 from .data import Dataset, load_digits, make_synthetic
 from .layers import NetworkStatistics, network_statistics
-from .loop import EpochMetrics, Trainer, accuracy, evaluation_batches, place
+from .loop import EpochMetrics, Trainer, place
 from .models import build_model
 from .report import draw_report
 
@@ -219,28 +219,6 @@ def summary(result: RunResult) -> str:
         f"picture           {result.folder / 'report.png'}",
     ]
     return "\n".join(lines)
-
-
-def evaluate(path: Path, *, overrides: dict[str, Any]) -> tuple[TrainConfig, float, NetworkStatistics]:
-    """Test accuracy and layer statistics of a checkpoint, on the data that it was trained on or as `overrides` say.
-
-    Raises:
-        UserError: the file is no good, or its model does not fit the data.
-    """
-    checkpoint = load_checkpoint(path)
-    config = TrainConfig.from_dict({**checkpoint["config"], **overrides})
-    device = choose_device(config)
-    model = place(restore_model(checkpoint), device, config)
-    dataset = load_data(config).to(device)
-    choose_threads(config, dataset)
-    for what, have, want in (
-        ("channels", dataset.in_channels, checkpoint["model"]["in_channels"]),
-        ("classes", dataset.num_classes, checkpoint["model"]["num_classes"]),
-    ):
-        if have != want:
-            raise UserError(f"{path} is a model for {want} {what}, but {dataset.name} has {have}")
-    value = accuracy(model, evaluation_batches(dataset, config), config)
-    return config, value, network_statistics(model, config.tail_energy)
 
 
 def load_data(config: TrainConfig) -> Dataset:

@@ -1,0 +1,303 @@
+"""Networks from files: our checkpoints and exports, checkpoints of the published RPG code, and the state_dicts of
+torchvision, timm and others."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rpg_fast
+from rpg_fast.mask_formats import from_backward_masks
+from rpg_fast.masks import MaskLayout
+
+from .config import UserError
+from .models import ARCHITECTURES, build_model
+from .packed import from_csr, unpack
+from .pickles import load_pickle
+
+CHECKPOINT = "rpg_fast.train/"  # and a version
+PACKED, CSR = "rpg_fast.packed/1", "rpg_fast.csr/1"
+WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROBE_CLASSES = 1021  # no other layer has as many outputs, so this finds the classifier
+SHOWN = 3  # differences that an error lists
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """A network as it was read from a file.
+
+    Attributes:
+        path, kind: the file, and what it is, in words.
+        model: in float32 on the CPU, with the weights of the file.
+        arguments: of `build_model`.
+        state_dict: the tensors of the file under the model's names, in the file's dtypes.
+        masks: {name: bool} of all prunable weights: the file's masks, or else where weights are not zero.
+        config: the options of its training; empty where the file does not tell.
+    """
+
+    path: Path
+    kind: str
+    model: nn.Module
+    arguments: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a reader found. `backward_masks` are the published code's: a list in the order of the weights."""
+
+    kind: str
+    state_dict: Mapping[str, Tensor]
+    arguments: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    backward_masks: Any = None
+
+
+def read_network(path: Path, *, arch: str | None = None, trust_pickle: bool = False) -> SavedNetwork:
+    """Reads a network from any file that this program or its neighbours write, told apart by content: a checkpoint or
+    an export of rpg-fast, a checkpoint of the published RPG code, a state_dict (bare, or under "state_dict" or "model")
+    of torch.save or safetensors. Prefixes of wrappers ("module.") are taken off the names.
+
+    Args:
+        arch: the architecture where the file does not tell; by default the one of `models` that fits the shapes.
+        trust_pickle: see `pickles.load_pickle`.
+
+    Raises:
+        UserError: no such file, a truncated or foreign one, names or shapes that fit no architecture, masks that do not
+            fit the weights. It names the file and the thing. ModuleNotFoundError: safetensors is needed.
+    """
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint at {path}")
+        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, trust_pickle)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    try:
+        state_dict = _plain_names(content.state_dict)
+        model, arguments = _restore(state_dict, content.arguments, arch)
+        masks = _masks(content, model, state_dict)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return SavedNetwork(path, content.kind, model, arguments, state_dict, masks, content.config)
+
+
+# ----------------------------------------------------------------------------------------------------------- containers
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32
+
+
+def _read_safetensors(path: Path) -> _Content:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"truncated or no safetensors file: {error}") from error
+    try:
+        told = {key: json.loads(metadata[key]) for key in ("model", "config", "shapes") if key in metadata}
+    except ValueError as error:
+        raise ValueError(f"its metadata are damaged: {error}") from error
+    if metadata.get("format") == PACKED:
+        state_dict, masks = unpack(tensors, _entry(told, "shapes", dict))
+        return _Content("packed export", state_dict, _entry(told, "model", dict), _entry(told, "config", dict), masks)
+    return _Content("safetensors state_dict", tensors, told.get("model"), told.get("config", {}))
+
+
+def _read_torch(path: Path, trust_pickle: bool) -> _Content:
+    content = load_pickle(path, trust=trust_pickle)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"holds a {type(content).__name__}, wanted a checkpoint or a state_dict")
+    mark = content.get("format")
+    if isinstance(mark, str) and mark.startswith(CHECKPOINT):
+        return _read_checkpoint(content)
+    if mark == CSR:
+        state_dict, masks = from_csr(_weights(content), _entry(content, "shapes", dict))
+        return _Content(
+            "CSR export", state_dict, _entry(content, "model", dict), _entry(content, "config", dict), masks
+        )
+    pruner = content.get("pruner")
+    if isinstance(pruner, Mapping) and "backward_masks" in pruner:
+        masks = pruner["backward_masks"]
+        return _Content("checkpoint of the published RPG code", _weights(content), backward_masks=masks)
+    return _Content("state_dict", _weights(content))
+
+
+def _read_checkpoint(content: Mapping[str, Any]) -> _Content:
+    """One of `rpg-fast train`, of a sparse or of a dense network."""
+    pruner = _entry(content, "trainer", dict).get("pruner")
+    masks = _from_packed_state(_entry(pruner, "masks", dict)) if pruner else {}
+    config, arguments = _entry(content, "config", dict), _entry(content, "model", dict)
+    return _Content("checkpoint of rpg-fast train", _weights(content), arguments, config, masks)
+
+
+def _entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(content.get(key), kind):
+        raise ValueError(f"is incomplete: no {key}")
+    return content[key]
+
+
+def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state_dict in `content`, or `content` itself."""
+    for key in WEIGHTS_KEYS:
+        if key in content and isinstance(content[key], Mapping):
+            return _tensors(content[key])
+        if key in content and not isinstance(content[key], Tensor):
+            raise ValueError(f"is incomplete: no {key}, but a {type(content[key]).__name__}")
+    return _tensors(content)
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if not state_dict:
+        raise ValueError("holds no weights")
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"holds no state_dict: its entry {name!r} is a {type(value).__name__}, wanted a tensor")
+    return state_dict
+
+
+def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = dict(state_dict)
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in plain)), None):
+        plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def _restore(
+    state_dict: Mapping[str, Tensor], arguments: dict[str, Any] | None, arch: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if arguments is None:
+        arguments = recognise(state_dict, ARCHITECTURES if arch is None else (arch,))
+    elif arch not in (None, arguments.get("arch")):
+        raise ValueError(f"is a {arguments.get('arch')}, not a {arch}")
+    differences = _differences(_skeleton(arguments), state_dict)
+    if differences:
+        raise ValueError(f"the weights do not fit its model, {arguments['arch']}: {_listed(differences)}")
+    model = build_model(**arguments)
+    wanted = model.state_dict()
+    for name, tensor in state_dict.items():
+        if wanted[name].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}, wanted one of {', '.join(map(str, WEIGHT_DTYPES))}")
+    model.load_state_dict(state_dict, strict=True)
+    return model.eval(), arguments
+
+
+def recognise(state_dict: Mapping[str, Tensor], architectures: Iterable[str] = ARCHITECTURES) -> dict[str, Any]:
+    """The arguments of `build_model` for the architecture whose names and shapes are those of `state_dict`; width,
+    stem, classes and channels are read off the shapes.
+
+    Raises:
+        ValueError: none fits; it says in what the closest one differs.
+    """
+    attempts = []
+    for arch in architectures:
+        arguments = _arguments(arch, state_dict)
+        differences = _differences(_skeleton(arguments), state_dict)
+        if not differences:
+            return arguments
+        attempts.append((differences, arch))
+    differences, closest = min(attempts, key=lambda attempt: len(attempt[0]))
+    if len(attempts) == 1:
+        raise ValueError(f"the weights do not fit {closest}: {_listed(differences)}")
+    known = ", ".join(arch for _, arch in attempts)
+    raise ValueError(
+        f"the weights fit none of {known} (for another one, --arch NAME); closest is {closest}: {_listed(differences)}"
+    )
+
+
+def _arguments(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    probe = _skeleton({"arch": arch, "num_classes": PROBE_CLASSES})
+    classifier = next(name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,))
+    first = next(name for name, tensor in probe.items() if tensor.dim() == 4)
+    head, stem = state_dict.get(classifier, probe[classifier]), state_dict.get(first, probe[first])
+    stem = stem if stem.dim() == 4 else probe[first]
+    arguments: dict[str, Any] = {"arch": arch, "num_classes": max(1, head.numel() and len(head))}
+    arguments["in_channels"] = max(1, stem.shape[1])
+    if arch in ARCHITECTURES:
+        arguments["width"] = max(1, len(stem))
+        arguments["stem"] = "imagenet" if stem.shape[-1] == 7 else "small"
+    return arguments
+
+
+def _skeleton(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of a network, without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(**arguments).state_dict()
+
+
+def _differences(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """In words, weights that are missing first. torch itself fills in counters of batches that old files lack."""
+    missing = [name for name in wanted if name not in got and not name.endswith("num_batches_tracked")]
+    differences = [f"{name} is missing" for name in missing]
+    for name, tensor in got.items():
+        if name not in wanted:
+            differences.append(f"{name} is unknown")
+        elif tensor.shape != wanted[name].shape:
+            differences.append(f"{name} has shape {tuple(tensor.shape)}, wanted {tuple(wanted[name].shape)}")
+        elif tensor.layout != torch.strided:
+            differences.append(f"{name} is {tensor.layout}, wanted a dense tensor")
+    return differences
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - SHOWN
+    return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def _from_packed_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{name: bool} of what `PackedMasks.state_dict` returned."""
+    missing = {"bits", "names", "shapes", "orders"} - state.keys()
+    if missing:
+        raise ValueError(f"its masks are incomplete: no {', '.join(sorted(missing))}")
+    layout = MaskLayout(tuple(map(tuple, state["shapes"])), tuple(map(tuple, state["orders"])))
+    if state["bits"].numel() != layout.nbytes:
+        raise ValueError(f"its masks hold {state['bits'].numel()} bytes, wanted {layout.nbytes}")
+    return dict(zip(state["names"], layout.unpack(state["bits"]), strict=True))
+
+
+def _masks(content: _Content, model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One mask for each prunable weight, checked against the weights."""
+    weights = rpg_fast.prunable_weights(model)
+    told = content.masks
+    if content.backward_masks is not None:
+        told = from_backward_masks(content.backward_masks, weights).unpack()
+    unknown = [name for name in told if name not in weights]
+    if unknown:
+        raise ValueError(f"has a mask for {unknown[0]}, which is no convolution or linear layer of its model")
+    masks = {}
+    for name in weights:
+        weight = state_dict[name]
+        masks[name] = told.get(name, weight != 0)
+        if masks[name].shape != weight.shape:
+            shapes = f"{tuple(masks[name].shape)}, wanted {tuple(weight.shape)}"
+            raise ValueError(f"the mask of {name} has shape {shapes}")
+        outside = int(((weight != 0) & ~masks[name]).sum())
+        if outside:
+            raise ValueError(f"{outside} weights of {name} are not zero, although its mask prunes them")
+    return masks
