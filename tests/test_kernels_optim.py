@@ -379,7 +379,7 @@ def test_plans_are_made_once() -> None:
 def test_no_plan_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="the first call with these weights is captured in a CUDA graph"):
-        streams.plan_streams((streams.Stream(3, -1, ("fp32",), True),), None, torch.device("cuda"))
+        streams.plan_streams(streams.Streams((3,), (-1,), ((FP32,),), ((True,),), ((0,),)), None, torch.device("cuda"))
 
 
 ones = torch.ones(9, device=DEVICE)
@@ -387,7 +387,7 @@ octets = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "lengths": ({"grads": []}, r"wanted one entry a parameter in each list, got .*'params': 1, 'grads': 0"),
     "momentum": ({"momentum_buffers": []}, r"'momentum_buffers': 0"),
-    "shape": ({"grads": [ones.view(3, 3)]}, r"grads\[0\] must be \[9\] on .* as params\[0\], got \[3, 3\]"),
+    "shape": ({"grads": [ones.view(3, 3)]}, r"grads\[0\] must be \[9\] as params\[0\], on .*, got \[3, 3\] on"),
     "bits": ({"bits": octets.view(2, 2).T}, r"bits must be contiguous uint8 on .*, got torch.uint8 \[2, 2\]"),
     "segment": ({"offsets": [3]}, r"mask 0 of 9 bits at byte 3 is not within 4 bytes"),
     "offset": ({"offsets": [-2]}, r"mask 0 of 9 bits at byte -2"),

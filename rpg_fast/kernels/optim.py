@@ -68,7 +68,7 @@ def mask_(tensors: Sequence[Tensor], bits: Tensor, offsets: Sequence[int], scale
                 call.addresses, call.plan.table, chunks, bits, factor,
                 TYPE=dtype, LANES=lanes([dtype]), CHUNK=CHUNK, **OPTIONS,
             )  # fmt: skip
-    left = partial(at_indices, indices=call.left)
+    left = partial(at_indices, indices=call.plan.left)
     reference.mask_(left(tensors), bits, left(offsets), scale)
 
 
@@ -103,7 +103,7 @@ def masked_sgd_(
                 **_types(types), DECAY=weight_decay != 0, MOMENTUM=momentum != 0, NESTEROV=nesterov,
                 LANES=lanes(types), CHUNK=CHUNK, **OPTIONS,
             )  # fmt: skip
-    left = partial(at_indices, indices=call.left)
+    left = partial(at_indices, indices=call.plan.left)
     reference.masked_sgd_(
         left(params), left(grads), left(buffers), bits, left(offsets),
         lr, momentum, dampening, weight_decay, nesterov, maximize, first_step, grad_scale, found_inf,
@@ -142,7 +142,7 @@ def masked_adamw_(
     found = on_device(found_inf, params[0])
     rates = call.addresses.new_empty((len(params), RATES.value), dtype=torch.float32)
     with torch.cuda.device_of(params[0]):
-        if len(call.left) < len(params):
+        if len(call.plan.left) < len(params):
             _count_kernel[(triton.cdiv(len(params), COUNTS),)](
                 call.addresses, rates, call.head.view(torch.float64), scalar(lr, call.head), found, len(params),
                 COUNTS=COUNTS,
@@ -154,7 +154,7 @@ def masked_adamw_(
                 _sign(maximize), 1 - beta1, beta2, 1 - beta2, eps,
                 **_types(types), AMSGRAD=amsgrad, LANES=lanes(types), CHUNK=CHUNK, **OPTIONS,
             )  # fmt: skip
-    left = partial(at_indices, indices=call.left)
+    left = partial(at_indices, indices=call.plan.left)
     reference.masked_adamw_(
         left(params), left(grads), left(exp_avgs), left(exp_avg_sqs), left(maxima), left(steps), bits, left(offsets),
         lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, grad_scale, found_inf,

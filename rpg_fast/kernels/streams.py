@@ -31,88 +31,100 @@ HEAD = 4  # numbers of eight bytes before the addresses
 Roles = dict[str, Sequence[Tensor] | None]  # name -> one tensor a parameter; weights and gradients come first
 
 
-class Stream(NamedTuple):
-    """All that a plan knows of one parameter: its elements, the first byte of its mask or -1, the dtypes of weight,
-    gradient and state in Triton's words (none: left to the reference), whether all their addresses are multiples of
-    VECTOR_BYTES."""
+class Streams(NamedTuple):
+    """All that a plan knows of the tensors of a call: their elements, the first bytes of their masks or -1, and, role
+    by role, dtypes, whether they are contiguous, their addresses modulo VECTOR_BYTES."""
 
-    numel: int
-    offset: int
-    types: tuple[str, ...]
-    aligned: bool
+    numels: tuple[int, ...]
+    offsets: tuple[int, ...]
+    dtypes: tuple[tuple[torch.dtype, ...], ...]
+    dense: tuple[tuple[bool, ...], ...]
+    misaligned: tuple[tuple[int, ...], ...]
+
+    def types(self, b: int) -> tuple[str, ...]:
+        """The dtypes of weight, gradient and state in Triton's words; none for what is left to the reference."""
+        dtypes = [of_role[b] for of_role in self.dtypes]
+        known = all(dtype in DTYPES for dtype in dtypes) and len(set(dtypes[2:])) <= 1
+        return tuple(DTYPES[t] for t in dtypes[:3]) if known and all(of_role[b] for of_role in self.dense) else ()
+
+    def aligned(self, b: int) -> bool:
+        return not any(of_role[b] for of_role in self.misaligned)
 
 
 @dataclass(frozen=True)
 class StreamPlan:
     """``table``: int64 [B, 3], of each parameter its elements, the first byte of its mask or -1, whether it is aligned;
-    ``launches``: dtypes, and chunks int32 [T, 3] (parameter, 0, number)."""
+    ``launches``: dtypes, and chunks int32 [T, 3] (parameter, 0, number); ``left``: the parameters that are left to the
+    reference."""
 
     table: Tensor
     launches: tuple[tuple[tuple[str, ...], Tensor], ...]
+    left: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StreamCall:
     """What the launches of one call have in common. ``head``: int64 [HEAD]; ``addresses``: int64 [B, roles], zero where
-    there is no tensor; ``left``: the parameters that are left to the reference."""
+    there is no tensor or its parameter is left to the reference."""
 
     plan: StreamPlan
     head: Tensor
     addresses: Tensor
-    left: list[int]
 
 
 def prepare(
     op: str, roles: Roles, bits: Tensor | None, offsets: Sequence[int], head: list[int], steps: Sequence[Tensor] = ()
 ) -> StreamCall:
-    """The plan of a call, made once, and its addresses, in one table with `head`; `steps` are a last column."""
+    """The plan of a call, made once, and its addresses, in one table with `head`; `steps` are a last column.
+
+    Raises:
+        ValueError: lists that do not belong together, masks that do not lie in `bits`.
+    """
     given = {name: tensors for name, tensors in roles.items() if tensors is not None}
-    streams = _streams(op, given, offsets)
-    like = next(iter(given.values()))[0]
-    if bits is not None and (bits.dtype != torch.uint8 or not bits.is_contiguous() or bits.device != like.device):
-        raise ValueError(
-            f"{op}: bits must be contiguous uint8 on {like.device}, "
-            f"got {bits.dtype} {list(bits.shape)} on {bits.device}"
-        )
-    plan = plan_streams(streams, None if bits is None else bits.numel(), like.device)
-    left = [b for b, stream in enumerate(streams) if not stream.types]
-    nothing = [0] * len(streams)
-    columns = [[t.data_ptr() for t in ts] if ts else nothing for ts in (*roles.values(), *([steps] if steps else []))]
-    rows = list(zip(*columns, strict=True))
-    for b in left:
-        rows[b] = (0,) * len(columns)
-    table = device_table(like, [*head, *[0] * (HEAD - len(head)), *itertools.chain(*rows)])
-    return StreamCall(plan, table[:HEAD], table[HEAD:], left)
+    _check(op, given, bits, offsets)
+    first = next(iter(given.values()))
+    addresses = {name: [t.data_ptr() for t in tensors] for name, tensors in given.items()}
+    streams = Streams(
+        tuple([t.numel() for t in first]),
+        tuple(offsets),
+        tuple([tuple([t.dtype for t in tensors]) for tensors in given.values()]),
+        tuple([tuple([t.is_contiguous() for t in tensors]) for tensors in given.values()]),
+        tuple([tuple([address % VECTOR_BYTES for address in column]) for column in addresses.values()]),
+    )
+    plan = plan_streams(streams, None if bits is None else bits.numel(), first[0].device)
+    columns = [addresses.get(name, [0] * len(first)) for name in roles]
+    if steps:
+        columns.append([step.data_ptr() for step in steps])
+    for b in plan.left:
+        for column in columns:
+            column[b] = 0
+    rows = itertools.chain.from_iterable(zip(*columns, strict=True))
+    table = device_table(first[0], [*head, *[0] * (HEAD - len(head)), *rows])
+    return StreamCall(plan, table[:HEAD], table[HEAD:])
 
 
-def _streams(op: str, given: dict[str, Sequence[Tensor]], offsets: Sequence[int]) -> tuple[Stream, ...]:
-    first_name = next(iter(given))
+def _check(op: str, given: dict[str, Sequence[Tensor]], bits: Tensor | None, offsets: Sequence[int]) -> None:
+    first_name, first = next(iter(given.items()))
     lengths = {name: len(tensors) for name, tensors in given.items()} | {"offsets": len(offsets)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{op}: wanted one entry a parameter in each list, got {lengths}")
-    streams = []
-    for b, tensors in enumerate(zip(*given.values(), strict=True)):
-        first = tensors[0]
-        for name, tensor in zip(given, tensors, strict=True):
-            if tensor.shape != first.shape or tensor.device != first.device:
-                raise ValueError(
-                    f"{op}: {name}[{b}] must be {list(first.shape)} on {first.device} as {first_name}[{b}], "
-                    f"got {list(tensor.shape)} on {tensor.device}"
-                )
-        streams.append(_stream(tensors, offsets[b]))
-    return tuple(streams)
-
-
-def _stream(tensors: Sequence[Tensor], offset: int) -> Stream:
-    dtypes = [t.dtype for t in tensors]
-    known = all(t.dtype in DTYPES and t.is_contiguous() for t in tensors) and len(set(dtypes[2:])) <= 1
-    types = tuple(DTYPES[dtype] for dtype in dtypes[:3]) if known else ()
-    aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
-    return Stream(tensors[0].numel(), offset, types, aligned)
+    device = first[0].device
+    shapes, devices = [t.shape for t in first], [device] * len(first)
+    for name, tensors in given.items():
+        if [t.shape for t in tensors] != shapes or [t.device for t in tensors] != devices:
+            b = next(b for b, t in enumerate(tensors) if t.shape != shapes[b] or t.device != device)
+            raise ValueError(
+                f"{op}: {name}[{b}] must be {list(shapes[b])} as {first_name}[{b}], on {device} as {first_name}[0], "
+                f"got {list(tensors[b].shape)} on {tensors[b].device}"
+            )
+    if bits is not None and (bits.dtype != torch.uint8 or not bits.is_contiguous() or bits.device != device):
+        raise ValueError(
+            f"{op}: bits must be contiguous uint8 on {device}, got {bits.dtype} {list(bits.shape)} on {bits.device}"
+        )
 
 
 @functools.lru_cache(maxsize=64)
-def plan_streams(streams: tuple[Stream, ...], nbytes: int | None, device: torch.device) -> StreamPlan:
+def plan_streams(streams: Streams, nbytes: int | None, device: torch.device) -> StreamPlan:
     """The tables of one call with masks in a buffer of `nbytes`, made once for parameters that lie alike.
 
     Raises:
@@ -120,19 +132,22 @@ def plan_streams(streams: tuple[Stream, ...], nbytes: int | None, device: torch.
     """
     refuse_capture(device)
     grids: dict[tuple[str, ...], list[tuple[int, int, int]]] = {}
-    for b, stream in enumerate(streams):
-        end = stream.offset + -(-stream.numel // 8)
-        if stream.offset < -1 or (nbytes is not None and stream.offset >= 0 and end > nbytes):
-            raise ValueError(f"mask {b} of {stream.numel} bits at byte {stream.offset} is not within {nbytes} bytes")
-        if stream.types and stream.numel:
-            grids.setdefault(stream.types, []).append((b, 1, triton.cdiv(stream.numel, CHUNK)))
+    values, left = [], []
+    for b, (numel, offset) in enumerate(zip(streams.numels, streams.offsets, strict=True)):
+        if offset < -1 or (nbytes is not None and offset >= 0 and offset + -(-numel // 8) > nbytes):
+            raise ValueError(f"mask {b} of {numel} bits at byte {offset} is not within {nbytes} bytes")
+        types = streams.types(b)
+        if not types:
+            left.append(b)
+        elif numel:
+            grids.setdefault(types, []).append((b, 1, triton.cdiv(numel, CHUNK)))
+        values += [numel, offset, int(streams.aligned(b))]
     like = torch.empty(0, device=device)
-    table = device_table(like, [int(x) for s in streams for x in (s.numel, s.offset, s.aligned)])
     launches = tuple((types, grid_table(like, members)) for types, members in grids.items())
-    return StreamPlan(table.view(-1, COLUMNS.value), launches)
+    return StreamPlan(device_table(like, values).view(-1, COLUMNS.value), launches, tuple(left))
 
 
-def at_indices(values: Sequence[Any] | None, indices: list[int]) -> list[Any]:
+def at_indices(values: Sequence[Any] | None, indices: Sequence[int]) -> list[Any]:
     return [] if values is None else [values[b] for b in indices]
 
 
