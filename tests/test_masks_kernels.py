@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selection_cases import random_selection
 from torch import Tensor
 
 from rpg_fast import _extension, _ops, reference
@@ -220,6 +221,35 @@ def test_select_topk_over_many_chunks(dtype: torch.dtype, per_tensor: bool, valu
             got = ops.select_topk(scores, counts, offsets, nbytes, eligible, True, per_tensor)
             want = reference.select_topk(scores, counts, offsets, nbytes, eligible, True, per_tensor)
             assert torch.equal(got, want)
+
+
+def check_selections(seeds: range) -> None:
+    for seed in seeds:
+        case = random_selection(seed)
+        got = ops.select_topk(*case.arguments())
+        assert torch.equal(got, reference.select_topk(*case.arguments())), f"seed {seed}"
+
+
+def test_counts_and_ties_are_exact() -> None:
+    check_selections(range(500))
+
+
+@pytest.mark.full
+def test_counts_and_ties_are_exact_in_ten_thousand_cases() -> None:
+    check_selections(range(500, 10_500))
+
+
+def test_elements_beyond_2_to_the_31() -> None:
+    """Scores that share one element, so that only the bits take memory."""
+    numel = 2**31 + 5000
+    scores = torch.ones(1, dtype=torch.bfloat16).expand(numel)
+    eligible = torch.zeros(numel // 8, dtype=torch.uint8)
+    for index in (5, 2**31 - 1, 2**31, numel - 1):
+        eligible[index // 8] |= 1 << index % 8
+    assert ops.popcount(eligible, [0], [numel]).tolist() == [4]
+    chosen = ops.select_topk([scores], torch.tensor([3]), [0], numel // 8, eligible, True, False)
+    eligible[-1] = 0
+    assert torch.equal(chosen, eligible)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers

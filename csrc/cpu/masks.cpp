@@ -1,5 +1,9 @@
 #include "../masks.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <cstring>
 #include <optional>
 
@@ -25,10 +29,18 @@ void expand_bits(const uint8_t* bits, int64_t n, uint8_t* keep) {
 }
 
 void pack_bits(const uint8_t* keep, int64_t n, uint8_t* bits) {
-  for (int64_t i = 0; i < n / 8; ++i) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  for (; i + 16 <= n; i += 16) {
+    const __m128i ones = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep + i));
+    const auto packed = static_cast<uint16_t>(_mm_movemask_epi8(_mm_slli_epi16(ones, 7)));
+    std::memcpy(bits + i / 8, &packed, 2);
+  }
+#endif
+  for (; i + 8 <= n; i += 8) {
     uint64_t ones;
-    std::memcpy(&ones, keep + 8 * i, 8);
-    bits[i] = static_cast<uint8_t>(ones * 0x0102040810204080u >> 56);  // moves byte j's one to bit 56 + j
+    std::memcpy(&ones, keep + i, 8);
+    bits[i / 8] = static_cast<uint8_t>(ones * 0x0102040810204080u >> 56);  // moves byte j's one to bit 56 + j
   }
   if (n % 8 == 0) return;
   uint8_t last = 0;
