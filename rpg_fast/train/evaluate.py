@@ -109,11 +109,13 @@ def evaluate(
     from .run import choose_device, choose_threads, load_data
 
     network = read_network(path, arch=arch, trust_pickle=trust_pickle)
+    data = overrides.get("data", network.config.get("data", NO_DATA))
     options = {**network.config, **overrides}
-    if network.arguments["arch"] in ARCHITECTURES and not network.config:
+    if not network.config and network.arguments["arch"] in ARCHITECTURES:
         options["arch"] = network.arguments["arch"]
-    data = options.pop("data", NO_DATA)
-    config = TrainConfig.from_dict(options if data == NO_DATA else {**options, "data": data})
+    if data == NO_DATA:
+        options["data"] = network.config.get("data", TrainConfig.data)
+    config = TrainConfig.from_dict(options)
     device = choose_device(config)
     model = place(network.model, device, config)
     measured, images, image_size = None, 0, config.image_size or _usual_size(network)

@@ -233,9 +233,9 @@ def _arguments(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     classifier = next(name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,))
     first = next(name for name, tensor in probe.items() if tensor.dim() == 4)
     head, stem = state_dict.get(classifier, probe[classifier]), state_dict.get(first, probe[first])
-    stem = stem if stem.dim() == 4 else probe[first]
-    arguments: dict[str, Any] = {"arch": arch, "num_classes": max(1, head.numel() and len(head))}
-    arguments["in_channels"] = max(1, stem.shape[1])
+    head = head if head.dim() == probe[classifier].dim() else probe[classifier]
+    stem = stem if stem.dim() == probe[first].dim() else probe[first]
+    arguments: dict[str, Any] = {"arch": arch, "num_classes": max(1, len(head)), "in_channels": max(1, stem.shape[1])}
     if arch in ARCHITECTURES:
         arguments["width"] = max(1, len(stem))
         arguments["stem"] = "imagenet" if stem.shape[-1] == 7 else "small"

@@ -4,6 +4,7 @@ a weight in it is zero, and every bit of the values."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -83,7 +84,9 @@ def _csr_matrix(weight: Tensor, mask: Tensor) -> Tensor:
     starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
     starts[1:] = keep.sum(1).cumsum(0)
     columns = keep.nonzero()[:, 1].to(torch.int32)
-    return torch.sparse_csr_tensor(starts, columns, rows[keep], rows.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, columns, rows[keep], rows.shape, check_invariants=True)
 
 
 def from_csr(tensors: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
     if zipped and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated or not a PyTorch checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _refused(path, str(error)) if zipped else _global_in(str(error))
         if not refused:
@@ -47,9 +48,15 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
             "if you trust where it comes from, --trust-pickle loads them"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return _load(path, weights_only=False)
     except Exception as error:  # unpickling runs code of the file, which may raise anything
         raise UserError(f"{path} cannot be unpickled: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _load(path: Path, *, weights_only: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
 def _refused(path: Path, message: str) -> str:
@@ -81,9 +88,12 @@ class _Placeholder:
     """Stands for an object of a class that is not imported; keeps what it was made from."""
 
     qualified_name = ""
+    parts: list[Any]
 
-    def __init__(self, *parts: Any):
-        self.parts = list(parts)
+    def __new__(cls, *parts: Any) -> _Placeholder:  # pickles of objects do not call __init__
+        made = super().__new__(cls)
+        made.parts = list(parts)
+        return made
 
     def __setstate__(self, state: Any) -> None:
         self.parts.append(state)
