@@ -553,7 +553,15 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     state = content["trainer"]["pruner"]["masks"]
     other = rpg_fast.PackedMasks({"head.weight": torch.ones(2, 2)}).state_dict()
     for change, expected in (
-        ({"trainer": {"pruner": {}}}, ""),
+        ({"trainer": {"pruner": None}}, ""),
+        ({"trainer": {"pruner": {}}}, "is incomplete: no masks"),
+        ({"trainer": {"pruner": [1]}}, "is incomplete: no pruner"),
+        ({"trainer": {"pruner": {"masks": {**state, "bits": 3}}}}, "its masks are incomplete: no bits"),
+        ({"trainer": {"pruner": {"masks": {**state, "names": ["a"]}}}}, "its masks have 1 names for 22 shapes"),
+        ({"trainer": {"pruner": {"masks": {**state, "shapes": [3] * 22}}}}, "conv1.weight has the shape 3, wanted"),
+        ({"trainer": {"pruner": {"masks": {**state, "orders": [[0]] * 22}}}}, "conv1.weight has the memory order [0]"),
+        ({"model": {**content["model"], "width": 2**62}}, "its model cannot be built: "),
+        ({"model": {**content["model"], "depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"trainer": {"pruner": {"step": 1}}}, "is incomplete: no masks"),
         ({"trainer": {"pruner": {"masks": {"bits": state["bits"]}}}}, "its masks are incomplete: no names"),
         ({"trainer": {"pruner": {"masks": {**state, "bits": state["bits"][:9]}}}}, "its masks hold 9 bytes"),
@@ -601,8 +609,12 @@ def test_damaged_packed_exports(change: dict[str, Any], text: str, network: Save
     assert text in refused(tmp_path / "damaged")
     safetensors.save_file(tensors, tmp_path / "damaged", {**metadata, "shapes": "{"})
     assert "its metadata are damaged" in refused(tmp_path / "damaged")
+    safetensors.save_file(tensors, tmp_path / "damaged", {**metadata, "shapes": '{"fc.weight": [7, -1]}'})
+    assert "fc.weight has the shape [7, -1], wanted a list of sizes" in refused(tmp_path / "damaged")
     safetensors.save_file(tensors, tmp_path / "damaged", {"format": metadata["format"]})
     assert "is incomplete: no shapes" in refused(tmp_path / "damaged")
+    safetensors.save_file(tensors, tmp_path / "damaged", {"config": "[1]"})
+    assert "is incomplete: no config" in refused(tmp_path / "damaged")
 
 
 def test_damaged_csr_exports(network: SavedNetwork, tmp_path: Path) -> None:

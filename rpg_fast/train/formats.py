@@ -20,7 +20,7 @@ from rpg_fast.masks import MaskLayout
 from .config import UserError
 from .models import ARCHITECTURES, build_model
 from .packed import from_csr, unpack
-from .pickles import load_pickle
+from .pickles import first_line, load_pickle
 
 CHECKPOINT = "rpg_fast.train/"  # and a version
 PACKED, CSR = "rpg_fast.packed/1", "rpg_fast.csr/1"
@@ -119,9 +119,10 @@ def _read_safetensors(path: Path) -> _Content:
     except ValueError as error:
         raise ValueError(f"its metadata are damaged: {error}") from error
     if metadata.get("format") == PACKED:
-        state_dict, masks = unpack(tensors, _entry(told, "shapes", dict))
+        state_dict, masks = unpack(tensors, _shapes(told))
         return _Content("packed export", state_dict, _entry(told, "model", dict), _entry(told, "config", dict), masks)
-    return _Content("safetensors state_dict", tensors, told.get("model"), told.get("config", {}))
+    arguments, config = (_entry(told, key, dict) if key in told else None for key in ("model", "config"))
+    return _Content("safetensors state_dict", tensors, arguments, config or {})
 
 
 def _read_torch(path: Path, trust_pickle: bool) -> _Content:
@@ -132,7 +133,7 @@ def _read_torch(path: Path, trust_pickle: bool) -> _Content:
     if isinstance(mark, str) and mark.startswith(CHECKPOINT):
         return _read_checkpoint(content)
     if mark == CSR:
-        state_dict, masks = from_csr(_weights(content), _entry(content, "shapes", dict))
+        state_dict, masks = from_csr(_weights(content), _shapes(content))
         return _Content(
             "CSR export", state_dict, _entry(content, "model", dict), _entry(content, "config", dict), masks
         )
@@ -145,8 +146,10 @@ def _read_torch(path: Path, trust_pickle: bool) -> _Content:
 
 def _read_checkpoint(content: Mapping[str, Any]) -> _Content:
     """One of `rpg-fast train`, of a sparse or of a dense network."""
-    pruner = _entry(content, "trainer", dict).get("pruner")
-    masks = _from_packed_state(_entry(pruner, "masks", dict)) if pruner else {}
+    trainer = _entry(content, "trainer", dict)
+    masks = {}
+    if trainer.get("pruner") is not None:
+        masks = _from_packed_state(_entry(_entry(trainer, "pruner", dict), "masks", dict))
     config, arguments = _entry(content, "config", dict), _entry(content, "model", dict)
     return _Content("checkpoint of rpg-fast train", _weights(content), arguments, config, masks)
 
@@ -155,6 +158,18 @@ def _entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(content.get(key), kind):
         raise ValueError(f"is incomplete: no {key}")
     return content[key]
+
+
+def _shapes(content: Mapping[str, Any]) -> dict[str, list[int]]:
+    shapes = _entry(content, "shapes", dict)
+    for name, shape in shapes.items():
+        _check_shape(name, shape)
+    return shapes
+
+
+def _check_shape(name: str, shape: Any) -> None:
+    if not isinstance(shape, (list, tuple)) or not shape or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} has the shape {shape!r}, wanted a list of sizes")
 
 
 def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -193,7 +208,11 @@ def _restore(
         arguments = recognise(state_dict, ARCHITECTURES if arch is None else (arch,))
     elif arch not in (None, arguments.get("arch")):
         raise ValueError(f"is a {arguments.get('arch')}, not a {arch}")
-    differences = _differences(_skeleton(arguments), state_dict)
+    try:
+        skeleton = _skeleton(arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"its model cannot be built: {first_line(error)}") from error
+    differences = _differences(skeleton, state_dict)
     if differences:
         raise ValueError(f"the weights do not fit its model, {arguments['arch']}: {_listed(differences)}")
     model = build_model(**arguments)
@@ -272,9 +291,15 @@ def _listed(differences: list[str]) -> str:
 
 def _from_packed_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """{name: bool} of what `PackedMasks.state_dict` returned."""
-    missing = {"bits", "names", "shapes", "orders"} - state.keys()
-    if missing:
-        raise ValueError(f"its masks are incomplete: no {', '.join(sorted(missing))}")
+    for key, kind in (("bits", Tensor), ("names", list), ("shapes", list), ("orders", list)):
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"its masks are incomplete: no {key}")
+    if not len(state["names"]) == len(state["shapes"]) == len(state["orders"]):
+        raise ValueError(f"its masks have {len(state['names'])} names for {len(state['shapes'])} shapes")
+    for name, shape, order in zip(state["names"], state["shapes"], state["orders"], strict=True):
+        _check_shape(name, shape)
+        if not isinstance(order, (list, tuple)) or sorted(order) != list(range(len(shape))):
+            raise ValueError(f"{name} has the memory order {order!r} for the shape {tuple(shape)}")
     layout = MaskLayout(tuple(map(tuple, state["shapes"])), tuple(map(tuple, state["orders"])))
     if state["bits"].numel() != layout.nbytes:
         raise ValueError(f"its masks hold {state['bits'].numel()} bytes, wanted {layout.nbytes}")

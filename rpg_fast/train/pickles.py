@@ -50,7 +50,7 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
     try:
         return _load(path, weights_only=False)
     except Exception as error:  # unpickling runs code of the file, which may raise anything
-        raise UserError(f"{path} cannot be unpickled: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be unpickled: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _load(path: Path, *, weights_only: bool) -> Any:
@@ -80,7 +80,8 @@ def _global_in(message: str) -> str:
     return found.group(1) if found else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of the text of `error`."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
