@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -336,18 +338,20 @@ def test_export_to_nowhere(network: SavedNetwork, tmp_path: Path, capsys: pytest
         export(network, target, "onnx")
 
 
-def test_a_failed_write_leaves_what_was_there(
-    network: SavedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_failed_write_leaves_what_was_there(format: str, network: SavedNetwork, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("mine")
 
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=f"cannot write {target}: No space left on device"):
-        export(network, target, "dense", force=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(UserError, match=f"cannot write {target}: File too large"):
+            export(network, target, format, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert target.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "checkpoint.pt"}
 

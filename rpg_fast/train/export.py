@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ def export(network: SavedNetwork, output: Path, format: str, *, force: bool = Fa
         raise UserError(f"--format {format!r} is unknown; known are {', '.join(FORMATS)}")
     if output.exists() and not force:
         raise UserError(f"{output} exists already: --force replaces it")
-    write = {"dense": _dense, "safetensors": _safetensors, "packed": _packed, "csr": _csr}[format](network)
+    content = {"dense": _dense, "safetensors": _safetensors, "packed": _packed, "csr": _csr}[format](network)
     try:
         handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        os.close(handle)
         try:
-            write(temporary)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, output)
         except BaseException:
@@ -56,40 +58,43 @@ def export(network: SavedNetwork, output: Path, format: str, *, force: bool = Fa
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-Writer = Callable[[str], None]
+def _dense(network: SavedNetwork) -> bytes | memoryview:
+    return _torch_bytes({name: _owned(tensor) for name, tensor in network.state_dict.items()})
 
 
-def _dense(network: SavedNetwork) -> Writer:
+def _safetensors(network: SavedNetwork) -> bytes | memoryview:
     content = {name: _owned(tensor) for name, tensor in network.state_dict.items()}
-    return lambda path: torch.save(content, path)
+    return _safetensors_bytes(content, {"format": "pt", **_facts(network)})
 
 
-def _safetensors(network: SavedNetwork) -> Writer:
-    content = {name: _owned(tensor) for name, tensor in network.state_dict.items()}
-    return _safetensors_writer(content, {"format": "pt", **_facts(network)})
-
-
-def _packed(network: SavedNetwork) -> Writer:
+def _packed(network: SavedNetwork) -> bytes | memoryview:
     shapes = json.dumps({name: list(mask.shape) for name, mask in network.masks.items()})
     metadata = {"format": PACKED, **_facts(network), "shapes": shapes}
-    return _safetensors_writer(pack(network.state_dict, network.masks), metadata)
+    return _safetensors_bytes(pack(network.state_dict, network.masks), metadata)
 
 
-def _csr(network: SavedNetwork) -> Writer:
-    content = {
-        "format": CSR,
-        "state_dict": to_csr(network.state_dict, network.masks),
-        "shapes": {name: list(mask.shape) for name, mask in network.masks.items()},
-        "model": network.arguments,
-        "config": network.config,
-    }
-    return lambda path: torch.save(content, path)
+def _csr(network: SavedNetwork) -> bytes | memoryview:
+    return _torch_bytes(
+        {
+            "format": CSR,
+            "state_dict": to_csr(network.state_dict, network.masks),
+            "shapes": {name: list(mask.shape) for name, mask in network.masks.items()},
+            "model": network.arguments,
+            "config": network.config,
+        }
+    )
 
 
-def _safetensors_writer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Writer:
-    from safetensors.torch import save_file
+def _torch_bytes(content: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
-    return lambda path: save_file(tensors, path, metadata)
+
+def _safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    return save(tensors, metadata)
 
 
 def _facts(network: SavedNetwork) -> dict[str, str]:
