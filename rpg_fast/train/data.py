@@ -108,6 +108,9 @@ class Batches:
     `max_shift` pixels each way, and an incomplete last batch is dropped; without one the order is fixed, nothing is
     shifted and every image comes exactly once.
 
+    Of `world` processes that draw alike, each gets its `rank`-th part of every batch: together they see each image
+    once, and the batches do not depend on their number. A part may be empty where a batch has fewer images.
+
     Raises:
         ValueError: `batch_size` is below 1, or, with a `generator`, larger than the split.
     """
@@ -120,6 +123,8 @@ class Batches:
         *,
         generator: torch.Generator | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        world: int = 1,
     ):
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
@@ -129,6 +134,7 @@ class Batches:
             )
         self.dataset, self.split, self.batch_size = dataset, split, batch_size
         self.generator, self.memory_format = generator, memory_format
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         if self.generator is not None:
@@ -136,6 +142,10 @@ class Batches:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass from batch `first` on, for a pass that was interrupted: set the generator back to its start."""
         count, device = len(self.split), self.split.labels.device
         order, shifts = torch.arange(count), torch.zeros(count, 2, dtype=torch.int64)
         if self.generator is not None:
@@ -143,11 +153,12 @@ class Batches:
             reach = self.dataset.max_shift
             shifts = torch.randint(-reach, reach + 1, (count, 2), generator=self.generator)
         order, shifts = order.to(device), shifts.to(device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            index = order[start : start + self.batch_size]  # [B]
+        for batch in range(first, len(self)):
+            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            index = order[here].tensor_split(self.world)[self.rank]  # [B]
             images = self.split.images[index]
             if self.generator is not None and self.dataset.max_shift > 0:
-                images = shift_images(images, shifts[start : start + self.batch_size])
+                images = shift_images(images, shifts[here].tensor_split(self.world)[self.rank])
             yield self._render(images), self.split.labels[index]
 
     def _render(self, images: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, image_size, image_size]
