@@ -14,17 +14,6 @@
 
 namespace rpg_fast {
 
-/// Adds to a counter that several threads share; returns what it held before.
-template <class T>
-RPG_FAST_HOST_DEVICE T add_shared(T* counter, T value) {
-#ifdef __CUDA_ARCH__
-  using Counter = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned int>;
-  return static_cast<T>(atomicAdd(reinterpret_cast<Counter*>(counter), static_cast<Counter>(value)));
-#else
-  return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
-#endif
-}
-
 RPG_FAST_HOST_DEVICE void set_bits(uint32_t* word, uint32_t bits) {
 #ifdef __CUDA_ARCH__
   atomicOr(word, bits);

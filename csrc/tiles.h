@@ -45,6 +45,20 @@ struct Tensors {
     return low;
   }
 
+  /// visit(row, first, n, byte) for this thread's octets of a block's tiles: elements [first, first + n) of a tensor,
+  /// whose bits are byte `byte` of a buffer.
+  template <class Block, class Visit>
+  RPG_FAST_HOST_DEVICE void for_each_octet(const Block& block, int64_t b, int64_t blocks, const Visit& visit) const {
+    for_each_tile(b, blocks, [&](int64_t tensor, int64_t tile) {
+      const int64_t start = (tile - row(tensor).first_tile) * kTile;
+      for (int octet = block.lane(); octet < kOctets; octet += block.count()) {
+        const int64_t first = start + octet * kOctet, left = row(tensor).numel - first;
+        if (left <= 0) break;
+        visit(row(tensor), first, left < kOctet ? static_cast<int>(left) : kOctet, row(tensor).offset + first / kOctet);
+      }
+    });
+  }
+
   /// visit(tensor, tile) for the tiles of block b of `blocks`, in order.
   template <class Visit>
   RPG_FAST_HOST_DEVICE void for_each_tile(int64_t b, int64_t blocks, const Visit& visit) const {
@@ -57,6 +71,17 @@ struct Tensors {
     }
   }
 };
+
+/// Adds to a counter that several threads or blocks share; returns what it held before.
+template <class T>
+RPG_FAST_HOST_DEVICE T add_shared(T* counter, T value) {
+#ifdef __CUDA_ARCH__
+  using Counter = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned int>;
+  return static_cast<T>(atomicAdd(reinterpret_cast<Counter*>(counter), static_cast<Counter>(value)));
+#else
+  return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+#endif
+}
 
 /// Copies kBytes, a multiple of 8, that are aligned to kAlignment, or to 8 if there are 8 of them.
 template <int kBytes>

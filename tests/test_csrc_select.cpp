@@ -1,4 +1,4 @@
-// The kernels of csrc/radix.h and csrc/tiles.h on the host, block after block: as a library for the comparison with the
+// The kernels of csrc/radix.h and csrc/masks.h on the host, block after block: as a library for the comparison with the
 // meaning of the ops, as a program for the compilers' sanitizers, which exits with 1 on a wrong result.
 // -DOMIT_SYNC takes the barriers away, to prove that ThreadSanitizer would report a missing one.
 #include <algorithm>
@@ -191,10 +191,55 @@ int selection_failures() {
   return failures;
 }
 
+/// Masks of all sizes to bits and back, and their ones.
+int mask_failures() {
+  std::mt19937 random(0);
+  const std::vector<int64_t> numels = {0, 1, 7, 8, 9, 4095, 4096, 4097, 0, 9000, 20000};
+  std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> masks, copies;
+  std::vector<TensorRow> rows, copied;
+  std::vector<int64_t> ones;
+  int64_t nbytes = 0, tiles;
+  for (const int64_t n : numels) {
+    const int64_t bytes = (n + kAlignment - 1) / kAlignment * kAlignment;
+    masks.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
+    copies.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
+    std::generate_n(masks.back().get(), n, [&] { return static_cast<uint8_t>(random() % 2); });
+    ones.push_back(std::count(masks.back().get(), masks.back().get() + n, 1));
+    rows.push_back({reinterpret_cast<intptr_t>(masks.back().get()), n, 0, nbytes + 3, Storage::kBytes});
+    copied.push_back(rows.back());
+    copied.back().data = reinterpret_cast<intptr_t>(copies.back().get());
+    nbytes += 3 + (n + 7) / 8;
+  }
+  const std::vector<int64_t> table = table_of(rows, tiles), copied_table = table_of(copied, tiles);
+  const auto count = static_cast<int64_t>(numels.size());
+  int failures = 0;
+  for (const int threads : {0, 1, 3}) {
+    for (const int64_t blocks : {int64_t{1}, int64_t{3}, tiles}) {
+      const Host host{threads};
+      std::vector<uint8_t> bits(nbytes, 0);
+      host.launch(PackTiles{{table.data(), count, tiles}, bits.data()}, blocks);
+      host.launch(UnpackTiles{{copied_table.data(), count, tiles}, bits.data()}, blocks);
+      for (size_t i = 0; i < numels.size(); ++i) {
+        failures += !std::equal(masks[i].get(), masks[i].get() + numels[i], copies[i].get());
+        const int64_t start = rows[i].offset, end = start + (numels[i] + 7) / 8;
+        for (int64_t j = 0; j < 3; ++j) failures += bits[start - 3 + j] != 0;
+        if (numels[i] % 8 != 0) {
+          failures += bits[end - 1] >> numels[i] % 8 != 0;
+          bits[end - 1] |= static_cast<uint8_t>(255u << numels[i] % 8);  // what lies behind is not counted
+        }
+      }
+      std::vector<int64_t> counts(count, 0);
+      host.launch(PopcountTiles{{table.data(), count, tiles}, bits.data(), counts.data()}, blocks);
+      failures += counts != ones;
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
-  const int failures = selection_failures();
+  const int failures = selection_failures() + mask_failures();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

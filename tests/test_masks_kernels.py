@@ -118,11 +118,31 @@ def test_popcount_ignores_what_lies_behind_the_segment() -> None:
     assert ops.unpack(ones, [1], [3])[0].tolist() == [True] * 3
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def on_cuda(*names: str) -> Callable[[Callable[..., None]], Any]:
+    """A test of these ops' CUDA kernels."""
+    missing = [
+        name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rpg_fast::{name}", "CUDA")
+    ]
+    unfit = missing or not torch.cuda.is_available()
+    reason = f"needs an NVIDIA GPU and an extension built with CUDA; kernels missing: {missing}"
+    return lambda test: pytest.mark.gpu(pytest.mark.skipif(bool(unfit), reason=reason)(test))
+
+
+@on_cuda("pack", "unpack")
+@pytest.mark.parametrize("memory", LAYOUTS)
+def test_pack_and_unpack_on_cuda(memory: str) -> None:
+    numels = [*range(0, 300), 4095, 4096, 4097, 1_000_003]
+    masks = [laid_out((torch.rand(2, n) < 0.5).cuda(), memory) for n in numels]
+    numels = [2 * n for n in numels]
+    offsets = [sum((n + 7) // 8 + 1 for n in numels[:i]) + 1 for i in range(len(numels))]
+    nbytes = offsets[-1] + numels[-1] // 8 + 5
+    bits = ops.pack(masks, offsets, nbytes)
+    assert_same(bits.cpu(), reference.pack([mask.cpu() for mask in masks], offsets, nbytes))
+    assert_same(ops.unpack(bits, offsets, numels), [mask.flatten() for mask in masks])
+
+
+@on_cuda("popcount")
 def test_popcount_on_cuda() -> None:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("rpg_fast::popcount", "CUDA"):
-        pytest.skip("the extension was built without CUDA")
     numels = [*range(300), 1_000_003]  # more segments than one launch takes, at odd bytes
     offsets = [i * 41 + 1 for i in range(len(numels))]
     bits = torch.randint(256, (offsets[-1] + 125_001,), dtype=torch.uint8)
@@ -237,6 +257,39 @@ def test_counts_and_ties_are_exact() -> None:
 @pytest.mark.full
 def test_counts_and_ties_are_exact_in_ten_thousand_cases() -> None:
     check_selections(range(500, 10_500))
+
+
+@on_cuda("select_topk")
+@pytest.mark.parametrize("memory", LAYOUTS)
+def test_selection_on_cuda(memory: str) -> None:
+    for seed in range(500):
+        case = random_selection(seed)
+        want = reference.select_topk(*case.arguments())
+        eligible = None if case.eligible is None else case.eligible.cuda()
+        scores = [laid_out(score.cuda(), memory) for score in case.scores]
+        got = ops.select_topk(scores, case.counts.cuda(), *case.arguments()[2:4], eligible, *case.arguments()[5:])
+        assert torch.equal(got.cpu(), want), f"seed {seed}"
+
+
+@on_cuda("select_topk")
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_captured_selection_on_cuda(per_tensor: bool) -> None:
+    scores = [torch.randn(n, device="cuda") for n in (3_000_000, 5, 70_000)]
+    layout = ([0, 375_040, 375_168], 384_000)
+    counts = torch.tensor([30_000, 2, 7_000][: 3 if per_tensor else 1], device="cuda")
+    ops.select_topk(scores, counts, *layout, None, True, per_tensor)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = ops.select_topk(scores, counts, *layout, None, True, per_tensor)
+    for make in (torch.randn, torch.ones):
+        for score in scores:
+            score.copy_(make(score.shape))
+        graph.replay()
+        first = chosen.clone()
+        graph.replay()
+        assert torch.equal(chosen, first)
+        on_host = [score.cpu() for score in scores]
+        assert_same(chosen.cpu(), reference.select_topk(on_host, counts.cpu(), *layout, None, True, per_tensor))
 
 
 def test_elements_beyond_2_to_the_31() -> None:
