@@ -438,6 +438,7 @@ def test_evaluate_prints(network: SavedNetwork, capsys: pytest.CaptureFixture[st
         "layer3.2.conv2.weight",
         "effective rank",
         "accuracy   ",
+        "FLOPs      ",
         "multiply-adds for an image of 16 pixels",
         " parameters",
     ):
@@ -464,6 +465,14 @@ def test_multiply_adds_by_hand() -> None:
     assert [layer.sparse_multiply_adds for layer in cost.layers] == [10 * 9, 270]
     assert (cost.parameters, cost.sparse_parameters) == (108 + 6 + 270 + 5, 10 + 6 + 270 + 5)
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_layers_that_no_forward_pass_calls_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 3))
+    model[0].register_module("auxiliary", nn.Linear(4, 4))
+    cost = network_cost(model, {}, in_channels=1, image_size=2)
+    assert cost.uncounted == ("0.auxiliary.weight",)
+    assert cost.multiply_adds == 2 * 4 + 24
 
 
 def test_a_training_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

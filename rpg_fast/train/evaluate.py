@@ -54,6 +54,7 @@ class Evaluation:
             "image_size": cost.image_size,
             "multiply_adds": cost.multiply_adds,
             "sparse_multiply_adds": cost.sparse_multiply_adds,
+            "uncounted": list(cost.uncounted),
             "parameters": cost.parameters,
             "sparse_parameters": cost.sparse_parameters,
             "layers": [
@@ -78,19 +79,20 @@ class Evaluation:
         network, statistics, cost = self.network, self.statistics, self.cost
         on = f" on {self.data}" if self.data else ""
         measured = "not measured: no --data" if self.accuracy is None else f"{self.accuracy:.2%}"
-        return "\n".join(
-            [
-                f"{network.arguments['arch']}{on}, {network.kind}, k at tail energy {self.tail_energy:g}",
-                "",
-                layer_table(statistics),
-                "",
-                f"accuracy   {measured}",
-                f"sparsity   {statistics.sparsity:.4%}: {statistics.zeros:,} of {statistics.size:,} weights are pruned",
-                f"cost       {cost.sparse_multiply_adds:,} of {cost.multiply_adds:,} multiply-adds for an image of "
-                f"{cost.image_size} pixels, were every pruned weight skipped",
-                f"size       {cost.sparse_parameters:,} of {cost.parameters:,} parameters",
-            ]
-        )
+        lines = [
+            f"{network.arguments['arch']}{on}, {network.kind}, k at tail energy {self.tail_energy:g}",
+            "",
+            layer_table(statistics),
+            "",
+            f"accuracy   {measured}",
+            f"sparsity   {statistics.sparsity:.4%}: {statistics.zeros:,} of {statistics.size:,} weights are pruned",
+            f"FLOPs      {cost.sparse_multiply_adds:,} of {cost.multiply_adds:,} multiply-adds for an image of "
+            f"{cost.image_size} pixels, were every pruned weight skipped",
+            f"size       {cost.sparse_parameters:,} of {cost.parameters:,} parameters",
+        ]
+        if cost.uncounted:
+            lines.append(f"not in the FLOPs: {', '.join(cost.uncounted)}, whose layers the forward pass does not call")
+        return "\n".join(lines)
 
 
 def evaluate(

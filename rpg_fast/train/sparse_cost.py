@@ -50,6 +50,12 @@ class NetworkCost:
     def sparse_multiply_adds(self) -> int:
         return sum(layer.sparse_multiply_adds for layer in self.layers)
 
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Weights that the forward pass uses in no call of their layer: auxiliary heads, or projections that attention
+        reads by itself."""
+        return tuple(layer.name for layer in self.layers if layer.positions == 0)
+
 
 def network_cost(model: nn.Module, masks: Mapping[str, Tensor], *, in_channels: int, image_size: int) -> NetworkCost:
     """Counts by a forward pass of shapes, without arithmetic, on an image [1, in_channels, image_size, image_size].
