@@ -22,7 +22,7 @@ from tests.cases import relative_error
 
 FOREACH = "torch foreach, multiplications by masks"
 FUSED = "torch fused, multiplications by masks"
-PUBLISHED = "masking of gradients, step, masking of state and weights, layer by layer, as published"
+PUBLISHED = "masking layer by layer, as published"
 COPY = "copy_ of as many bytes"
 COPIES = {"cuda": 3, "cpu": 1}  # 3 x 0.3 GB and more: the largest caches of GPUs hold about 0.1 GB
 

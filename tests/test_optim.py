@@ -542,6 +542,30 @@ def test_grad_scaler_waits_for_nothing(kind: Any) -> None:
         assert all(torch.equal(p, q) for p, q in zip(ours, before, strict=True)) == (step == 4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@both_kinds
+def test_one_step_before_a_capture_is_enough(kind: Any) -> None:
+    """Replays then give the bits of eager steps, with the learning rate of the moment."""
+    device = torch.device("cuda")
+    ours, theirs, lr = make_params(device), make_params(device), torch.tensor(0.1, device=device)
+    optimizers = [kind(params, lr=lr, **MOMENTS[kind], masks=make_masks(params)[0]) for params in (ours, theirs)]
+    for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+        set_gradients(params, 0)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for step in range(1, 6):
+        for params in (ours, theirs):
+            for p, g in zip(params, gradients(params, step), strict=True):
+                p.grad.copy_(g)
+        lr.mul_(0.7)
+        graph.replay()
+        optimizers[1].step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
 def test_foreign_masks_and_no_masks(device: torch.device) -> None:
     p, q = nn.Parameter(torch.ones(3, device=device)), nn.Parameter(torch.ones(3, device=device))
     foreign = PackedMasks({"q": q})
