@@ -55,7 +55,10 @@ def problem(weights: Sequence[Tensor]) -> Problem:
 def gradients_like(weights: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the size of what is added, with the strides and dtypes of their weights."""
     filled = [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device) for w in weights]
-    return [grad.copy_(torch.randn(grad.shape) * want.abs().mean()) for grad, want in zip(filled, wanted, strict=True)]
+    return [
+        grad.copy_(torch.randn(grad.shape).to(DEVICE) * want.abs().mean())
+        for grad, want in zip(filled, wanted, strict=True)
+    ]
 
 
 def check(p: Problem, tolerance: float = FP32_GRADE, fast: bool = False) -> None:
