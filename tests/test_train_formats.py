@@ -567,6 +567,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     other = rpg_fast.PackedMasks({"head.weight": torch.ones(2, 2)}).state_dict()
     for change, expected in (
         ({"trainer": {"pruner": None}}, ""),
+        ({"trainer": 3}, "is incomplete: no trainer"),
         ({"trainer": {"pruner": {}}}, "is incomplete: no masks"),
         ({"trainer": {"pruner": [1]}}, "is incomplete: no pruner"),
         ({"trainer": {"pruner": {"masks": {**state, "bits": 3}}}}, "its masks are incomplete: no bits"),

@@ -146,10 +146,10 @@ def _read_torch(path: Path, trust_pickle: bool) -> _Content:
 
 def _read_checkpoint(content: Mapping[str, Any]) -> _Content:
     """One of `rpg-fast train`, of a sparse or of a dense network."""
-    trainer = _entry(content, "trainer", dict)
+    holder = _entry(content, "trainer", dict) if "trainer" in content else content
     masks = {}
-    if trainer.get("pruner") is not None:
-        masks = _from_packed_state(_entry(_entry(trainer, "pruner", dict), "masks", dict))
+    if holder.get("pruner") is not None:
+        masks = _from_packed_state(_entry(_entry(holder, "pruner", dict), "masks", dict))
     config, arguments = _entry(content, "config", dict), _entry(content, "model", dict)
     return _Content("checkpoint of rpg-fast train", _weights(content), arguments, config, masks)
 
