@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "basis.h"
 #include "jacobi.h"
 #include "masks.h"
+#include "radix.h"
 #include "spectrum.h"
 #include "window.h"
 
@@ -131,6 +133,117 @@ int count_failures() {
         failures += count.differences(0);
       }
     }
+  }
+  return failures;
+}
+
+// ---- kernels over tiles: masks.h and radix.h ------------------------------------------------------------------------
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) tile_kernel(const Kernel kernel) {
+  __shared__ typename Kernel::Work work;
+  kernel.run(CudaBlock{}, blockIdx.x, gridDim.x, work);
+}
+
+/// A kernel on `blocks` blocks of the device or of the host.
+template <class Kernel>
+void run_tiles(const Kernel& kernel, int64_t blocks, bool on_device) {
+  if (on_device) {
+    tile_kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads>>>(kernel);
+    check(cudaGetLastError(), "launch");
+    check(cudaDeviceSynchronize(), "kernel");
+  } else {
+    const auto work = std::make_unique<typename Kernel::Work>();
+    for (int64_t b = 0; b < blocks; ++b) kernel.run(SerialBlock{}, b, blocks, *work);
+  }
+}
+
+/// Tensors in allocations of their own with a table of them, on the device and on the host; bits at odd bytes.
+template <class T>
+struct TwinTensors {
+  std::vector<std::unique_ptr<Twin<T>>> tensors;
+  std::unique_ptr<Twin<int64_t>> tables[2];  // of the host, of the device
+  int64_t tiles = 0, nbytes = 0;
+
+  TwinTensors(const std::vector<std::vector<T>>& values, Storage storage) {
+    std::vector<TensorRow> rows;
+    for (const std::vector<T>& tensor : values) {
+      tensors.push_back(std::make_unique<Twin<T>>(tensor));
+      const auto numel = static_cast<int64_t>(tensor.size());
+      rows.push_back({0, numel, tiles, nbytes + 1, storage});
+      tiles += (numel + kTile - 1) / kTile;
+      nbytes += 1 + (numel + 7) / 8;
+    }
+    for (const bool on : {false, true}) {
+      std::vector<int64_t> table(kRowColumns * rows.size());
+      for (size_t i = 0; i < rows.size(); ++i) rows[i].data = reinterpret_cast<intptr_t>(tensors[i]->at(on));
+      std::memcpy(table.data(), rows.data(), table.size() * sizeof(int64_t));
+      tables[on] = std::make_unique<Twin<int64_t>>(table);
+    }
+  }
+
+  Tensors at(bool on) { return {tables[on]->at(on), static_cast<int64_t>(tensors.size()), tiles}; }
+
+  int differences() const {
+    int count = 0;
+    for (const auto& tensor : tensors) count += tensor->differences(0);
+    return count;
+  }
+};
+
+int mask_failures() {
+  std::mt19937 random(0);
+  std::vector<std::vector<uint8_t>> masks, blank;
+  for (const int numel : {0, 1, 7, 8, 9, 4095, 4096, 4097, 20000}) {
+    masks.emplace_back(numel);
+    blank.emplace_back(numel, 7);
+    for (uint8_t& value : masks.back()) value = static_cast<uint8_t>(random() % 2);
+  }
+  int failures = 0;
+  for (const int64_t blocks : {1, 3, 13}) {
+    TwinTensors<uint8_t> from(masks, Storage::kBytes), to(blank, Storage::kBytes);
+    Twin<uint8_t> bits(from.nbytes, 0);
+    Twin<int64_t> counts(masks.size(), 0);
+    for (const bool on : {true, false}) {
+      run_tiles(PackTiles{from.at(on), bits.at(on)}, blocks, on);
+      run_tiles(UnpackTiles{to.at(on), bits.at(on)}, blocks, on);
+      run_tiles(PopcountTiles{from.at(on), bits.at(on), counts.at(on)}, blocks, on);
+    }
+    failures += bits.differences(0) + to.differences() + counts.differences(0);
+  }
+  return failures;
+}
+
+/// Normal scores, few values, all equal; of one problem and of three, some not eligible.
+template <class Key>
+int selection_failures() {
+  using Score = typename Selection<Key>::Score;
+  int failures = 0;
+  for (int kind = 0; kind < 12; ++kind) {
+    std::mt19937 random(kind);
+    std::vector<std::vector<Score>> values;
+    for (const size_t numel : {5000, 3, 20000}) {
+      values.push_back(normal_values<Score>(numel, random));
+      for (Score& value : values.back()) value = kind % 3 == 0 ? value : kind % 3 == 1 ? std::round(value) : Score(1);
+      values.back()[0] = static_cast<Score>(kNan);
+    }
+    const bool per_tensor = kind / 3 % 2, restricted = kind / 6 % 2;
+    TwinTensors<Score> scores(values, sizeof(Score) == 4 ? Storage::kFloat32 : Storage::kFloat64);
+    std::vector<uint8_t> open(scores.nbytes);
+    for (uint8_t& byte : open) byte = static_cast<uint8_t>(random());
+    Twin<uint8_t> eligible(open), chosen(scores.nbytes, 0);
+    Twin<int64_t> counts({700, 1, 5000});
+    Selection<Key> sized{scores.at(false), nullptr, nullptr, nullptr, true, per_tensor};
+    Twin<uint8_t> workspace(sized.lay_out(nullptr), 0);
+    for (const bool on : {true, false}) {
+      Selection<Key> selection{
+          scores.at(on), restricted ? eligible.at(on) : nullptr, chosen.at(on), counts.at(on), true, per_tensor};
+      selection.lay_out(workspace.at(on));
+      run_selection(
+          selection, [&](const auto& kernel) { run_tiles(kernel, 4, on); },
+          [&](const auto& kernel) { run_tiles(kernel, selection.problems(), on); });
+    }
+    failures += chosen.differences(0);
   }
   return failures;
 }
@@ -369,7 +482,9 @@ int window_failures() {
 
 int main() {
   const std::pair<const char*, int> results[] = {
-      {"masks.h", count_failures()},
+      {"masks.h", count_failures() + mask_failures()},
+      {"radix.h, 32 bits", selection_failures<uint32_t>()},
+      {"radix.h, 64 bits", selection_failures<uint64_t>()},
       {"jacobi.h, w up to 32", eigen_failures<32>()},
       {"jacobi.h, w up to 64", eigen_failures<64>()},
       {"basis.h", basis_failures()},

@@ -15,8 +15,9 @@ PROGRAM = ROOT / "benchmarks" / "sanitize.cu"
 
 def included(source: Path) -> set[Path]:
     """The headers of csrc that a file includes, directly or through others."""
-    names = re.findall(r'^#include "(?:.*/)?(.+)"', source.read_text(), re.MULTILINE)
-    headers = {ROOT / "csrc" / name for name in names}
+    names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    places = [(source.parent / name, ROOT / "csrc" / name) for name in names]
+    headers = {(beside if beside.exists() else ours).resolve() for beside, ours in places}
     return headers.union(*map(included, headers))
 
 
