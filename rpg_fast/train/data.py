@@ -1,30 +1,117 @@
-"""Image classification sets that live in memory on the training device; batches are rendered there."""
+"""Image classification sets and their batches; small sets live in memory on the training device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from .throughput import Meter, Throughput
+
 DATASETS = ("digits", "synthetic")
+FOLDER = "folder:"  # and a path: a set of image files
 SYNTHETIC_CELLS = 8  # a synthetic image is a coarse pattern of 8x8 cells, enlarged when a batch is made
 
 
+class Reader(ABC):
+    """Turns the numbers of images into batches on the device."""
+
+    bad_images: Mapping[str, str] = MappingProxyType({})  # images left out so far: file name -> reason
+
+    @abstractmethod
+    def read(
+        self, order: Tensor, parts: Iterable[Tensor], generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [b, C, H, W] and labels [b] of each part on the device.
+
+        Args:
+            order: the numbers of all images, int64 [N] on the CPU.
+            parts: places in `order`, int64 [b] on the CPU.
+            generator: what is random depends on its state at the beginning and on the image alone; None: nothing is.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the processes that the reader has started, if any."""
+
+
+class Split(ABC):
+    """The images of one part of a set, numbered from 0."""
+
+    device: torch.device
+    in_channels: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Split:
+        """The same images, for batches on `device`."""
+
+    @abstractmethod
+    def reader(self, image_size: int, memory_format: torch.memory_format, dtype: torch.dtype) -> Reader:
+        """A reader whose images have that size, memory format and dtype."""
+
+
 @dataclass(frozen=True)
-class Split:
-    """Images as stored [N, C, h, w] float32, standardised, and their labels [N] int64."""
+class MemorySplit(Split):
+    """Images as stored [N, C, h, w] float32, standardised, and their labels [N] int64; in training the images are
+    shifted by up to `max_shift` stored pixels each way."""
 
     images: Tensor
     labels: Tensor
+    max_shift: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.labels.device
+
+    @property
+    def in_channels(self) -> int:  # type: ignore[override]
+        return self.images.shape[1]
+
+    def to(self, device: torch.device) -> MemorySplit:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def reader(self, image_size: int, memory_format: torch.memory_format, dtype: torch.dtype) -> Reader:
+        return _MemoryReader(self, image_size, memory_format, dtype)
+
+
+class _MemoryReader(Reader):
+    def __init__(self, split: MemorySplit, image_size: int, memory_format: torch.memory_format, dtype: torch.dtype):
+        self.split, self.image_size, self.memory_format, self.dtype = split, image_size, memory_format, dtype
+
+    def read(
+        self, order: Tensor, parts: Iterable[Tensor], generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        split, reach, shifts = self.split, self.split.max_shift, None
+        if generator is not None and reach > 0:
+            shifts = torch.randint(-reach, reach + 1, (len(split), 2), generator=generator).to(split.device)
+        order = order.to(split.device)
+        for part in parts:
+            places = part.to(split.device)  # [b]
+            index = order[places]
+            images = split.images[index]
+            if shifts is not None:
+                images = shift_images(images, shifts[places])
+            yield self._render(images), split.labels[index]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _render(self, images: Tensor) -> Tensor:  # [b, C, h, w] -> [b, C, image_size, image_size]
+        size = self.image_size
+        if images.shape[-1] != size:
+            images = interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        return images.to(self.dtype, memory_format=self.memory_format)
 
 
 @dataclass(frozen=True)
@@ -36,14 +123,13 @@ class Dataset:
     test: Split
     num_classes: int
     image_size: int
-    max_shift: int  # random shifts of the training images, in stored pixels
 
     @property
     def in_channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.train.in_channels
 
     def to(self, device: torch.device) -> Dataset:
-        """The same data with both splits on `device`."""
+        """The same data for batches on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
@@ -64,11 +150,10 @@ def load_digits(image_size: int | None = None) -> Dataset:
     images = (images - mean) / std
     return Dataset(
         "digits",
-        train=Split(images[~is_test], labels[~is_test]),
-        test=Split(images[is_test], labels[is_test]),
+        train=MemorySplit(images[~is_test], labels[~is_test], max_shift=1),
+        test=MemorySplit(images[is_test], labels[is_test]),
         num_classes=10,
         image_size=image_size or 8,
-        max_shift=1,
     )
 
 
@@ -92,27 +177,28 @@ def make_synthetic(
     shape = (in_channels, SYNTHETIC_CELLS, SYNTHETIC_CELLS)
     patterns = torch.randn(num_classes, *shape, generator=generator)
 
-    def split(count: int) -> Split:
+    def split(count: int) -> MemorySplit:
         labels = torch.arange(count) % num_classes
         images = patterns[labels] + noise * torch.randn(count, *shape, generator=generator)
-        return Split(images / (1 + noise**2) ** 0.5, labels)
+        return MemorySplit(images / (1 + noise**2) ** 0.5, labels)
 
     train, test = split(train_images), split(test_images)
-    return Dataset("synthetic", train, test, num_classes, image_size or 32, max_shift=0)
+    return Dataset("synthetic", train, test, num_classes, image_size or 32)
 
 
 class Batches:
-    """Iterates over one split: `for images, labels in Batches(...)`, images [B, C, image_size, image_size] float32.
+    """Iterates over one split: `for images, labels in Batches(...)`, on the split's device, images
+    [B, C, image_size, image_size], labels [B] int64.
 
-    With a `generator` (of the CPU) the order is drawn anew in every pass, images are shifted by up to the set's
-    `max_shift` pixels each way, and an incomplete last batch is dropped; without one the order is fixed, nothing is
-    shifted and every image comes exactly once.
+    With a `generator` (of the CPU) the order is drawn anew in every pass, images are augmented, and an incomplete last
+    batch is dropped; without one the order is fixed, nothing is augmented and every image comes exactly once. A pass
+    is a function of the generator's state at its beginning.
 
     Of `world` processes that draw alike, each gets its `rank`-th part of every batch: together they see each image
     once, and the batches do not depend on their number. A part may be empty where a batch has fewer images.
 
     Raises:
-        ValueError: `batch_size` is below 1, or, with a `generator`, larger than the split.
+        ValueError: `batch_size` is below 1, or, with a `generator`, larger than the split or smaller than `world`.
     """
 
     def __init__(
@@ -123,18 +209,24 @@ class Batches:
         *,
         generator: torch.Generator | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world: int = 1,
     ):
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        if generator is not None and world > len(split):
+            raise ValueError(f"{dataset.name} has {len(split)} training images for {world} processes: too few")
         if generator is not None and batch_size > len(split):
             raise ValueError(
                 f"the batch size, {batch_size}, is larger than the training set of {dataset.name}: {len(split)} images"
             )
+        if generator is not None and batch_size < world:
+            raise ValueError(f"the batch size, {batch_size}, is smaller than the number of processes, {world}")
         self.dataset, self.split, self.batch_size = dataset, split, batch_size
-        self.generator, self.memory_format = generator, memory_format
-        self.rank, self.world = rank, world
+        self.generator, self.rank, self.world = generator, rank, world
+        self._reader = split.reader(dataset.image_size, memory_format, dtype)
+        self._meter = Meter(split.device)
 
     def __len__(self) -> int:
         if self.generator is not None:
@@ -146,26 +238,26 @@ class Batches:
 
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass from batch `first` on, for a pass that was interrupted: set the generator back to its start."""
-        count, device = len(self.split), self.split.labels.device
-        order, shifts = torch.arange(count), torch.zeros(count, 2, dtype=torch.int64)
-        if self.generator is not None:
-            order = torch.randperm(count, generator=self.generator)
-            reach = self.dataset.max_shift
-            shifts = torch.randint(-reach, reach + 1, (count, 2), generator=self.generator)
-        order, shifts = order.to(device), shifts.to(device)
-        for batch in range(first, len(self)):
-            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            index = order[here].tensor_split(self.world)[self.rank]  # [B]
-            images = self.split.images[index]
-            if self.generator is not None and self.dataset.max_shift > 0:
-                images = shift_images(images, shifts[here].tensor_split(self.world)[self.rank])
-            yield self._render(images), self.split.labels[index]
+        count = len(self.split)
+        order = torch.arange(count) if self.generator is None else torch.randperm(count, generator=self.generator)
+        parts = (
+            torch.arange(start, min(start + self.batch_size, count)).tensor_split(self.world)[self.rank]
+            for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        )
+        return self._meter.watch(self._reader.read(order, parts, self.generator))
 
-    def _render(self, images: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, image_size, image_size]
-        size = self.dataset.image_size
-        if images.shape[-1] != size:
-            images = interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-        return images.contiguous(memory_format=self.memory_format)
+    def throughput(self) -> Throughput:
+        """How fast this process's part of the last pass, or of the present one so far, was. Waits for the device."""
+        return self._meter.read()
+
+    @property
+    def bad_images(self) -> Mapping[str, str]:
+        """The files that this process could not read and has left out or replaced so far, with the reasons."""
+        return self._reader.bad_images
+
+    def close(self) -> None:
+        """Ends the processes that decode; the next pass starts new ones."""
+        self._reader.close()
 
 
 def shift_images(images: Tensor, shifts: Tensor) -> Tensor:
