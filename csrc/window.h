@@ -11,6 +11,7 @@ namespace rpg_fast {
 
 constexpr double kNarrowest = 1e-5, kWidest = 0.3;
 constexpr double kFirst = 5.0, kSearch = 0.3, kFill = 0.45, kDensity = 0.026, kLeak = 2e-5;
+constexpr double kBlur = 1e-8, kBlurred = 2e-12, kLoss = 2e-5, kAbsolute = 1e-7;
 constexpr int kRoom = 12;
 constexpr int kSumParts = 32;
 constexpr int kTraces = 3;  // sums that a kernel leaves of a tile
@@ -167,7 +168,7 @@ RPG_FAST_HOST_DEVICE void advance(const View& view, double target, Ledger& ledge
   } else {
     next = fmin(fmax(clamp(step, x - 1.5, x + 1.5), low), high);
   }
-  if (view.edge < 0) next = fmin(next, log(tau - 0.9 * half));
+  if (view.edge < 0) next = fmin(next, log(fmax(tau - 0.9 * half, tau / 10)));
   if (view.edge > 0) next = fmax(next, log(tau + 0.9 * half));
   ledger.last = x;
   ledger.last_gap = gap;
@@ -182,6 +183,7 @@ struct WindowWork {
   double parts[kSumParts * kTraces];
   double rows[kWidth];     // of <H_P, H_G>
   double crossed[kWidth];  // partial sums of <Y Q, G Q>
+  double mixed[kWidth];    // partial sums of ||Y Q - Q Q^T Y Q||_F^2
   int best;                // how many of the window belong to the k leading eigenvectors; -1: open
 };
 
@@ -191,7 +193,8 @@ struct Images {
   int m, w;
 };
 
-/// The sums that `conclude_window` needs of the window, in the scale of G, into `rows` and `crossed`; with sync()s.
+/// The sums that `conclude_window` needs of the window, in the scale of G, into `rows`, `crossed` and `mixed`; with
+/// sync()s.
 template <class Block>
 RPG_FAST_HOST_DEVICE void contract(const Block& block, const Images& images, double scale, int found,
                                    WindowWork& work) {
@@ -199,16 +202,28 @@ RPG_FAST_HOST_DEVICE void contract(const Block& block, const Images& images, dou
   lower_product(block, Q, GQ, m, w, work.partials, work.G);
   lower_product(block, Q, YQ, m, w, work.partials, work.Y);
   for (int part = block.lane(); part < kWidth * kWidth; part += block.count()) {
-    double sum = 0;
+    double crossed = 0, mixed = 0;
     for (int64_t i = part; i < static_cast<int64_t>(m) * w; i += kWidth * kWidth) {
-      sum += static_cast<double>(YQ[i]) * static_cast<double>(GQ[i]);
+      const double y = static_cast<double>(YQ[i]);
+      crossed += y * static_cast<double>(GQ[i]);
+      const int column = static_cast<int>(i % w);
+      const float* row = Q + (i - column);
+      double rest = y;
+      for (int a = 0; a < found; ++a) {
+        rest -= static_cast<double>(row[a]) * work.Y[a >= column ? a * kPitch + column : column * kPitch + a];
+      }
+      if (column < found) mixed += rest * rest;
     }
-    work.partials[part] = sum / scale;
+    work.partials[part] = crossed / scale;
+    work.partials[kWidth * kWidth + part] = mixed;
   }
   block.sync();
   for (int i = block.lane(); i < kWidth; i += block.count()) {
-    work.crossed[i] = 0;
-    for (int j = 0; j < kWidth; ++j) work.crossed[i] += work.partials[i * kWidth + j];
+    work.crossed[i] = work.mixed[i] = 0;
+    for (int j = 0; j < kWidth; ++j) {
+      work.crossed[i] += work.partials[i * kWidth + j];
+      work.mixed[i] += work.partials[(kWidth + i) * kWidth + j];
+    }
   }
   for (int i = block.lane(); i < found; i += block.count()) {
     double sum = 0;
@@ -228,8 +243,11 @@ RPG_FAST_HOST_DEVICE int apply_rank_rule(const double* traces, int m, int w, dou
   const double trace_Y = traces[0], energy_Y = traces[1] / ledger.scale, inside = traces[2];
   const double tau = ledger.tau, half = ledger.used_half, *ritz = work.eigen.values;
   const int found = static_cast<int>(ledger.found);
-  double trace = (m + trace_Y) / 2, e_above = 1 - (1 + energy_Y) / 2;
-  for (int part = 0; part < kWidth; ++part) e_above += work.crossed[part];
+  double trace = (m + trace_Y) / 2, e_above = 1 - (1 + energy_Y) / 2, mixed = 0;
+  for (int part = 0; part < kWidth; ++part) {
+    e_above += work.crossed[part];
+    mixed += work.mixed[part];
+  }
   for (int i = 0; i < found; ++i) {
     trace -= (1 + work.Y[i * kPitch + i]) / 2;
     e_above += work.G[i * kPitch + i] / ledger.scale - work.rows[i];
@@ -250,16 +268,25 @@ RPG_FAST_HOST_DEVICE int apply_rank_rule(const double* traces, int m, int w, dou
   const bool lower_known = best < found || below <= 1 || e <= target || 2 * (e - target) <= e / below;
   const bool upper_known = best > 0 || k_above == 0 || e >= target || 2 * (target - e) <= tau;
   const bool clear = found <= w - kRoom && fabs(trace - k_above) <= 0.1 && inside - ledger.seen <= kLeak && best >= 0;
-  if (clear && lower_known && upper_known) {
-    const double last_in = best > 0 ? ritz[best - 1] : tau + half, first_out = best < found ? ritz[best] : tau - half;
-    ledger.tau = (last_in + first_out) / 2;
-    ledger.half = fmin(half * clamp(kFill * w / (found > 0 ? found : 1), 0.4, 1.4), ledger.tau / 2);
+  const bool resolved = clear && lower_known && upper_known;
+  e = clamp(e, 0, 1);
+  const bool sharp = mixed <= fmax(kBlur * e * (1 - e) / tau, kBlurred * m) &&
+                     inside - ledger.seen <= fmax((kLoss * e + kAbsolute) / (6 * tau), kLeak / 10);
+  const double last_in = best > 0 ? ritz[best - 1] : tau + half, first_out = best < found ? ritz[best] : tau - half;
+  const double boundary = (last_in + first_out) / 2;
+  if (resolved && sharp) {
+    ledger.tau = boundary;
+    ledger.half = fmin(half * clamp(kFill * w / (found > 0 ? found : 1), 0.4, 1.4), boundary / 2);
     ledger.k = k_above + best;
     ledger.e = e;
     return best;
   }
-  const int edge = !clear ? 0 : !lower_known ? -1 : 1;
+  const int edge = !clear ? 0 : !lower_known ? -1 : !upper_known ? 1 : 0;
   advance({(1 - energy_Y) / 2, inside / (kDensity * half), edge}, target, ledger);
+  if (resolved) {
+    ledger.tau = boundary;
+    ledger.half = half / 2;
+  }
   return -1;
 }
 

@@ -254,5 +254,6 @@ def _serve_by_triton() -> None:
         _library.impl(op, launcher(op, module), "CUDA")
 
 
+_library.impl("rank_filter", filtered.rank_filter_on_host, "CPU")
 _extension.load()
 _serve_by_triton()

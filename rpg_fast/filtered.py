@@ -37,6 +37,8 @@ CUSHION = 0.024  # a quintic for a narrower interval would hardly gain and oscil
 NOISE = 1e-11  # squared singular values of the first sketch below this fraction of the largest are rounding errors
 JUNK = 1e-3  # directions in which P - P^2 is smaller than this belong to no window
 ROOM = 12  # columns that must be left over for the range finder to be accurate
+BLUR, BLURRED = 1e-8, 2e-12  # how much the directions found may mix with others; see `conclude_round`
+LOSS, ABSOLUTE = 2e-5, 1e-7  # how much e may owe to directions that were not found: relative to e, and beside it
 LEAK = 2e-5  # ||P - P^2||_F^2 outside the directions found, above which some were missed
 
 FIRST = 5.0  # a search starts at FIRST * tail_energy / m
@@ -179,6 +181,7 @@ class Round:
     soft_tail: Tensor  # [B] <I - P, G>: the tail energy below tau, about
     density: Tensor  # [B] eigenvalues per unit at tau, about
     edge: Tensor  # int64 [B]: 1 if the boundary may lie above the window, -1 if below, 0 if it is not known
+    blurred: Tensor  # bool [B]: the window shows the boundary, but not sharply enough
 
 
 def conclude_round(
@@ -212,7 +215,7 @@ def conclude_round(
     possible = (j <= found[:, None]) & (k_above[:, None] + j < m)
     distance = torch.where(possible, (tails - target).abs(), torch.inf)
     best = w - distance.flip(-1).argmin(-1)  # the larger j on a tie
-    e = tails.gather(-1, best[:, None])[:, 0]
+    e = tails.gather(-1, best[:, None])[:, 0].clamp(0, 1)
 
     # At an end of the window the next eigenvalue is not known; it may be known to be no better. All above the window
     # are larger than tau, and the largest below it is at least their mean.
@@ -221,6 +224,14 @@ def conclude_round(
     upper_known = (best > 0) | (k_above == 0) | (e >= target) | (2 * (target - e) <= window.tau)
     clear = (found <= w - ROOM) & ((trace - k_above).abs() <= 0.1) & (inside - seen <= LEAK) & possible.any(-1)
     edge = torch.where(clear & ~lower_known, -1, torch.where(clear & ~upper_known, 1, 0))
+
+    # The step mixes what was found with c^2 = ||Y Q - Q Q^T Y Q||_F^2 of the rest, whose eigenvalues are near tau: an
+    # error of c sqrt(tau / 2) in a gradient of sqrt(e (1 - e)), both over 2 / ||X||_F. Rounding alone gives c^2 ~ m.
+    mixed = (YQ - Q @ H_Y).square().sum((-2, -1))
+    sharp = mixed <= (BLUR * e * (1 - e) / window.tau).clamp(min=BLURRED * m)
+    # An eigenvalue that was not found, below 2 tau, adds 3 (p - p^2)^2 of itself to e. The last bound is of rounding.
+    sharp &= inside - seen <= ((LOSS * e + ABSOLUTE) / (6 * window.tau)).clamp(min=LEAK / 10)
+    resolved = clear & lower_known & upper_known
 
     last_in = ritz.gather(-1, (best - 1).clamp(min=0)[:, None])[:, 0]
     first_out = ritz.gather(-1, best.clamp(max=w - 1)[:, None])[:, 0]
@@ -232,7 +243,7 @@ def conclude_round(
     Q_ritz, leading = Q @ R, (j[:-1] < best[:, None]).to(Q.dtype)
     correction = R.mT @ H_P @ R + torch.diag_embed(leading)
     return Round(
-        resolved=clear & lower_known & upper_known,
+        resolved=resolved & sharp,
         k=(k_above + best).long(),
         e=e,
         Q=Q_ritz,
@@ -241,6 +252,7 @@ def conclude_round(
         soft_tail=(1 - energy_Y) / 2,
         density=inside / (DENSITY * window.half),
         edge=edge,
+        blurred=resolved & ~sharp,
     )
 
 
@@ -306,12 +318,17 @@ class Search:
         restart = far & ~bracketed & ~self.restarted
         step = torch.where(bracketed, inside, torch.where(restart, self.start, outside))
         # A window that ends on the wrong side of the boundary is left behind.
-        step = torch.where(found.edge < 0, step.minimum((used.tau - 0.9 * used.half).log()), step)
+        step = torch.where(
+            found.edge < 0, step.minimum((used.tau - 0.9 * used.half).maximum(used.tau / 10).log()), step
+        )
         step = torch.where(found.edge > 0, step.maximum((used.tau + 0.9 * used.half).log()), step)
 
         tau = step.exp()
         filled = FILL / 2 * WIDTH / found.density.clamp(min=1e-300)
-        window = Window(tau, torch.minimum(filled, SEARCH * tau))
+        window = Window(
+            torch.where(found.blurred, found.following.tau, tau),
+            torch.where(found.blurred, used.half / 2, torch.minimum(filled, SEARCH * tau)),
+        )
         return Search(window, self.target, self.start, low, high, low_gap, high_gap, x, gap, self.restarted | restart)
 
 
@@ -404,3 +421,25 @@ def rank_filter(
     tails = torch.where(lost, torch.nan, tails)
     loss = -torch.where(shares > 0, shares * tails, 0.0).sum().to(projector.dtype)
     return loss, tails, ranks, inv_norms, shares, projector, next_windows, lost
+
+
+def rank_filter_on_host(
+    weights: Sequence[Tensor],
+    tail_energy: Tensor,
+    min_sparsity: float,
+    windows: Tensor,
+    seed: Tensor,
+    rounds: int,
+    by_eigen: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`rank_filter` where the host may read: what the rounds have not resolved is done by eigendecomposition in the
+    same call, so that nothing is left out."""
+    results = rank_filter(weights, tail_energy, min_sparsity, windows, seed, rounds, by_eigen)
+    lost = results[-1].nonzero().flatten().tolist()  # sync: on the host
+    if not lost:
+        return results
+    next_windows = results[-2]
+    *results_of_all, _, none_lost = rank_filter(
+        weights, tail_energy, min_sparsity, windows, seed, rounds, [*by_eigen, *lost]
+    )
+    return (*results_of_all, next_windows, none_lost)  # type: ignore[return-value]

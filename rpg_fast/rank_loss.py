@@ -28,11 +28,12 @@ class RankState:
     Attributes (None before the first call; device tensors, reading one's values synchronises):
         ranks: int64 [B], k of each weight, in the order of the weights; -1 where there is none (see flags).
         tail_energies: float64 [B], the energy beyond k as a fraction of the whole; NaN where there is no rank.
-        flags: int32 [B]; 1: the weight holds NaN or inf; 2: "power" has not found the boundary of its rank, and the
-            weight was left out of this call: no loss, no gradient.
+        flags: int32 [B]; 1: the weight holds NaN or inf; 2: "power" on a GPU has not found the boundary of its rank,
+            and the weight was left out of this call (and of those that reuse it, see `refresh_every`): no loss, no
+            gradient. On the CPU nothing is left out.
         windows: float64 [B, 2], where "power" looks for that boundary: centre and half-width, in units of the spectrum
             of W W^T / ||W||_F^2.
-        by_eigen: the weights that "power" leaves to eigendecompositions; see `settle`.
+        by_eigen: the weights that "power" leaves to eigendecompositions, see `settle`; () lets it try them again.
     """
 
     def __init__(self) -> None:
@@ -51,8 +52,8 @@ class RankState:
         eigendecompositions from the next call on. Returns their indices.
 
         Most find their boundary by themselves in the next call. Those that cannot have more singular values equal to
-        each other at that boundary than a window holds, as an orthogonal matrix has. On the CPU every call begins with
-        this; on a GPU, where it synchronises, call it as often as you read losses.
+        each other at that boundary than a window holds, as an orthogonal matrix has. It synchronises: call it as often
+        as you read losses.
         """
         if self.flags is None:
             return []
@@ -62,13 +63,14 @@ class RankState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next call needs, as tensors of its own and plain values."""
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+        return {key: _copied(value) for key, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError for the state of something else."""
-        if set(state) != set(vars(self)):
-            raise ValueError(f"not the state of a RankState: got keys {sorted(state)}, wanted {sorted(vars(self))}")
-        vars(self).update({key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()})
+        if not isinstance(state, dict) or set(state) != set(vars(self)):
+            got = f"keys {sorted(state)}" if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"not the state of a RankState: got {got}, wanted {sorted(vars(self))}")
+        vars(self).update({key: _copied(value) for key, value in state.items()})
 
     def _keep(self, **tensors: Tensor) -> None:
         """Attributes that are written in place wherever they already are what they should be."""
@@ -85,6 +87,12 @@ class RankState:
             raise ValueError(
                 f"this RankState belongs to weights of shapes {self.shapes}, got {shapes}: use one state per list"
             )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_copied(part) for part in value)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def rank_loss(
@@ -195,7 +203,7 @@ def add_rank_grad_(
         if w.grad is None:
             w.grad = torch.zeros_like(w)
     torch.ops.rpg_fast.rank_apply_([w.grad for w in trained], trained, *spectra, scale, precision == "fast")
-    return loss
+    return loss.clone()  # the state may keep the other
 
 
 def _of_trained(weights: list[Tensor], spectra: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -220,7 +228,10 @@ def _spectra(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
-    check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity)
+    if torch.is_inference_mode_enabled():  # a state outlives it
+        with torch.inference_mode(False), torch.no_grad():
+            return _spectra(weights, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
+    check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
     layouts = tuple((str(w.dtype), str(w.device), memory_order(w)) for w in weights) if refresh_every > 1 else ()
     made_with = (layouts, method, min_sparsity, None if isinstance(tail_energy, Tensor) else tail_energy)
     if state is not None:
@@ -257,8 +268,6 @@ def _by_power(
 ) -> tuple[Tensor, ...]:
     device = weights[0].device
     kept = RankState() if state is None else state
-    if device.type == "cpu":
-        kept.settle()
     cold = kept.windows is None or kept.windows.device != device
     windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device) if cold else kept.windows
     rounds = filtered.COLD_ROUNDS if cold else filtered.WARM_ROUNDS
@@ -268,7 +277,7 @@ def _by_power(
     )
     flags = inv_norms.isnan().int() * NOT_FINITE + lost.int() * LEFT_OUT
     kept._keep(ranks=ranks, tail_energies=tails, flags=flags, windows=windows)
-    if state is None and kept.settle():
+    if state is None and device.type != "cpu" and kept.settle():
         return _by_power(weights, target, min_sparsity, kept, generator)
     return loss, projector, inv_norms, shares
 
@@ -305,6 +314,7 @@ def check_options(
     state: RankState | None,
     refresh_every: int,
     min_sparsity: float,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Raises ValueError or TypeError for what `rank_loss` does not take."""
     if state is not None and not isinstance(state, RankState):
@@ -318,12 +328,14 @@ def check_options(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if precision not in ("fp32", "fast"):
         raise ValueError(f'precision must be "fp32" or "fast", got {precision!r}')
-    if not isinstance(refresh_every, int) or refresh_every < 1:
+    if isinstance(refresh_every, bool) or not hasattr(refresh_every, "__index__") or refresh_every < 1:
         raise ValueError(f"refresh_every must be at least 1 and whole, got {refresh_every}")
     if refresh_every > 1 and state is None:
         raise ValueError(f"refresh_every={refresh_every} needs state=RankState() to keep the spectra in")
-    if not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity must lie in [0, 1], got {min_sparsity}")
+    if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity must be a number in [0, 1], got {min_sparsity!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if not isinstance(tail_energy, Tensor) and not 0 <= tail_energy <= 1:
         raise ValueError(f"tail_energy must lie in [0, 1], got {tail_energy}")
 
@@ -334,4 +346,6 @@ def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"{name} must be a float or a tensor with one element, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=torch.float64)
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
     return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -58,6 +58,8 @@ def svd_lowrank(
     if isinstance(A, Tensor):
         _check_matrix("A", A, q, niter)
         return _svd_lowrank(A, q, niter, generator)
+    if not isinstance(A, Iterable):
+        raise TypeError(f"A must be a tensor [..., m, n] or a list of such, got {type(A).__name__}")
     matrices = list(A)
     for i, matrix in enumerate(matrices):
         _check_matrix(f"A[{i}]", matrix, q, niter)
@@ -86,6 +88,9 @@ def _check_matrix(name: str, A: Tensor, q: int, niter: int) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
     if A.dim() < 2:
         raise ValueError(f"{name} must be a matrix or a batch of them [..., m, n], got shape {tuple(A.shape)}")
+    for option, value in (("q", q), ("niter", niter)):
+        if not isinstance(value, int):
+            raise TypeError(f"{option} must be whole, got {value!r}")
     if not 1 <= q <= min(A.shape[-2:]):
         raise ValueError(
             f"q must lie in 1..min(m, n) = {min(A.shape[-2:])} for {name} of shape {tuple(A.shape)}, got {q}"
@@ -162,8 +167,8 @@ def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | Non
     Z, scale = _first_sketch(X, q, generator)
     full = Z.shape[-1] == X.shape[-2]
     for _ in range(0 if full else niter):
-        Q = X @ (Z @ (_whitening(Z) * scale).to(X.dtype))  # [..., m, w]
-        Z = X.mT @ (Q @ (_whitening(Q) * scale).to(X.dtype))  # [..., n, w]
+        Q = X @ (Z.double() @ (_whitening(Z) * scale)).to(X.dtype)  # [..., m, w]
+        Z = X.mT @ (Q.double() @ (_whitening(Q) * scale)).to(X.dtype)  # [..., n, w]
     Z = _orthonormal(_roughened(X.mT * scale if full else Z, generator))
     Y = X @ (Z * scale).to(X.dtype)  # [..., m, w]
     Q = _orthonormal(_roughened(Y, generator))
