@@ -1,6 +1,6 @@
 // The kernels of csrc/radix.h and csrc/masks.h on the host, block after block: as a library for the comparison with the
 // meaning of the ops, as a program for the compilers' sanitizers, which exits with 1 on a wrong result.
-// -DOMIT_SYNC takes the barriers away, to prove that ThreadSanitizer would report a missing one.
+// With an argument it leaves out one barrier after the other, for ThreadSanitizer to miss it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,18 +16,20 @@ namespace {
 
 using namespace rpg_fast;
 
-#ifdef OMIT_SYNC
 struct TestedBlock : ThreadBlock {
   using ThreadBlock::ThreadBlock;
-  void sync() const {}
+  inline static int omitted = -1;  // which sync() of every thread does nothing
+  inline static thread_local int calls = 0;
+  void sync() const {
+    if (calls++ != omitted) ThreadBlock::sync();
+  }
 };
-#else
-using TestedBlock = ThreadBlock;
-#endif
 
 /// Blocks one after another, each on `threads` threads; 0: on none but this one.
 struct Host {
   int threads;
+  bool omits = false;  // first runs each kernel of a selection once without each of its barriers
+  inline static int kernels = 0;
 
   template <class Kernel>
   void launch(const Kernel& kernel, int64_t blocks) const {
@@ -49,9 +51,38 @@ struct Host {
         static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
     selection.lay_out(workspace.get());
     std::fill_n(selection.histograms, kBins * selection.problems(), int64_t{0});
+    const auto omit = [&](const auto& kernel) {
+      if (omits) omit_barriers(kernel, {workspace.get(), workspace.get() + bytes}, workspace.get());
+    };
     run_selection(
-        selection, [&](const auto& kernel) { launch(kernel, std::min(blocks, selection.tensors.tiles)); },
-        [&](const auto& kernel) { launch(kernel, selection.problems()); });
+        selection,
+        [&](const auto& kernel) {
+          omit(kernel);
+          launch(kernel, std::min(blocks, selection.tensors.tiles));
+        },
+        [&](const auto& kernel) {
+          omit(kernel);
+          launch(kernel, selection.problems());
+        });
+  }
+
+  /// One block of a kernel without its first barrier, without its second, and so on, each from the same workspace.
+  template <class Kernel>
+  void omit_barriers(const Kernel& kernel, const std::vector<uint8_t>& before, uint8_t* workspace) const {
+    const auto work = std::make_unique<typename Kernel::Work>();
+    int barriers = 0;
+    launch_threads<TestedBlock>(threads, [&](TestedBlock block) {
+      kernel.run(block, 0, 1, *work);
+      if (block.lane() == 0) barriers = TestedBlock::calls;
+    });
+    ++kernels;
+    for (TestedBlock::omitted = 0; TestedBlock::omitted < barriers; ++TestedBlock::omitted) {
+      std::copy(before.begin(), before.end(), workspace);
+      std::fprintf(stderr, "\nomitted kernel_%d %d\n", kernels, TestedBlock::omitted);
+      launch_threads<TestedBlock>(threads, [&](TestedBlock block) { kernel.run(block, 0, 1, *work); });
+    }
+    TestedBlock::omitted = -1;
+    std::copy(before.begin(), before.end(), workspace);
   }
 };
 
@@ -81,9 +112,11 @@ extern "C" __attribute__((visibility("default"))) void select_on_host(const int6
   const Tensors tensors{table.data(), count, tiles};
   if (tiles == 0) return;
   if (has_double) {
-    Host{threads}.select(Selection<uint64_t>{tensors, eligible, chosen, counts, absolute, per_tensor}, blocks);
+    Host{.threads = threads}.select(Selection<uint64_t>{tensors, eligible, chosen, counts, absolute, per_tensor},
+                                    blocks);
   } else {
-    Host{threads}.select(Selection<uint32_t>{tensors, eligible, chosen, counts, absolute, per_tensor}, blocks);
+    Host{.threads = threads}.select(Selection<uint32_t>{tensors, eligible, chosen, counts, absolute, per_tensor},
+                                    blocks);
   }
 }
 
@@ -215,7 +248,7 @@ int mask_failures() {
   int failures = 0;
   for (const int threads : {0, 1, 3}) {
     for (const int64_t blocks : {int64_t{1}, int64_t{3}, tiles}) {
-      const Host host{threads};
+      const Host host{.threads = threads};
       std::vector<uint8_t> bits(nbytes, 0);
       host.launch(PackTiles{{table.data(), count, tiles}, bits.data()}, blocks);
       host.launch(UnpackTiles{{copied_table.data(), count, tiles}, bits.data()}, blocks);
@@ -236,9 +269,30 @@ int mask_failures() {
   return failures;
 }
 
+/// Many ties, some of them chosen, in two tiles of two problems.
+void omit_barriers() {
+  std::vector<int64_t> counts = {1500, 30}, table;
+  std::vector<TensorRow> rows;
+  std::vector<float> scores[2] = {std::vector<float>(4000), std::vector<float>(70)};
+  for (std::vector<float>& tensor : scores) {
+    for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = static_cast<float>(i % 3);
+    const auto numel = static_cast<int64_t>(tensor.size());
+    rows.push_back({reinterpret_cast<intptr_t>(tensor.data()), numel, 0, rows.empty() ? 0 : 500, Storage::kFloat32});
+  }
+  int64_t tiles;
+  table = table_of(rows, tiles);
+  uint8_t chosen[600] = {};
+  Host{.threads = 7, .omits = true}.select(
+      Selection<uint32_t>{{table.data(), 2, tiles}, nullptr, chosen, counts.data(), true, true}, 1);
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  if (argc > 1) {
+    omit_barriers();
+    return 0;
+  }
   const int failures = selection_failures() + mask_failures();
   std::printf("%d failures\n", failures);
   return failures != 0;
