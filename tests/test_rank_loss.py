@@ -36,9 +36,9 @@ from rpg_fast import RankState, add_rank_grad_, rank_loss
 
 
 def loss_and_gradients(weights: Sequence[Tensor], tail_energy: float, **options: object) -> tuple[Tensor, list[Tensor]]:
-    """Through autograd, for leaves in the storage of `weights`."""
+    """Through autograd, for leaves in the storage of `weights`; the exact method on every device."""
     leaves = [w.detach().requires_grad_() for w in weights]
-    loss = rank_loss(leaves, tail_energy, **options)  # type: ignore[arg-type]
+    loss = rank_loss(leaves, tail_energy, **({"method": "exact"} | options))  # type: ignore[arg-type]
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -214,7 +214,7 @@ def test_subnormal_weights(name: str, device: torch.device) -> None:
 def test_exact_ties_take_the_larger_k(device: torch.device) -> None:
     """diag(1, 1, 1, 1): tails 3/4, 1/2, 1/4 for k = 1, 2, 3; the target 3/8 is as near to 1/2 as to 1/4."""
     state = RankState()
-    loss = rank_loss([torch.eye(4, device=device) * 3], 0.375, state=state)
+    loss = rank_loss([torch.eye(4, device=device) * 3], 0.375, method="exact", state=state)
     assert state.ranks is not None
     assert state.ranks.tolist() == [3]
     assert float(loss) == -0.25
@@ -224,7 +224,7 @@ def test_target_zero_keeps_the_last_singular_value(device: torch.device) -> None
     """The tail never becomes empty: k <= m - 1."""
     state = RankState()
     W = torch.diag(torch.tensor([2.0, 1.0, 1.0])).to(device)
-    loss = rank_loss([W], 0.0, state=state)
+    loss = rank_loss([W], 0.0, method="exact", state=state)
     assert state.ranks is not None
     assert state.ranks.tolist() == [2]
     assert float(loss) == pytest.approx(-1 / 6)
@@ -496,7 +496,8 @@ def test_add_rank_grad_takes_a_live_weight_and_every_option(device: torch.device
     leaf = make_weight("kaiming", (10, 30), 0.7).to(device).requires_grad_()
     dense = make_weight("kaiming", (10, 30)).to(device).requires_grad_()
     state = RankState()
-    add_rank_grad_({"a": leaf, "b": dense}, torch.tensor(-3.0, device=device), 0.2, min_sparsity=0.5, state=state)
+    options = {"method": "exact", "min_sparsity": 0.5, "state": state}
+    add_rank_grad_({"a": leaf, "b": dense}, torch.tensor(-3.0, device=device), 0.2, **options)
     assert leaf.grad is not None
     assert relative_error(leaf.grad, -3 * loss_and_gradients([leaf], 0.2)[1][0]) < 1e-6
     assert dense.grad is None or not dense.grad.any()
@@ -554,7 +555,7 @@ def test_state_reports_ranks_and_tail_energies(device: torch.device) -> None:
     ]
     state = RankState()
     assert state.ranks is state.tail_energies is state.flags is None
-    rank_loss(weights, 0.1, state=state)
+    rank_loss(weights, 0.1, method="exact", state=state)
     _, _, spectra = official_rank_loss(weights, 0.1)
     assert state.ranks is not None
     assert state.tail_energies is not None
@@ -594,7 +595,7 @@ def test_state_survives(how: str, device: torch.device) -> None:
     first, second = (make_weight("power-0.5", (8, 12), seed=i).to(device) for i in (1, 2))
     state = RankState()
     for _ in range(2):
-        rank_loss([first], 0.1, state=state, refresh_every=4)
+        rank_loss([first], 0.1, method="exact", state=state, refresh_every=4)
     if how == "deepcopy":
         other = copy.deepcopy(state)
     elif how == "pickle":
@@ -616,10 +617,10 @@ def test_state_survives(how: str, device: torch.device) -> None:
 def test_a_saved_state_is_a_snapshot(device: torch.device) -> None:
     W = make_weight("power-0.5", (8, 12)).to(device)
     state = RankState()
-    rank_loss([W], 0.1, state=state)
+    rank_loss([W], 0.1, method="exact", state=state)
     saved = copy.deepcopy(state.state_dict())
     snapshot = state.state_dict()
-    rank_loss([W + 1], 0.1, state=state)
+    rank_loss([W + 1], 0.1, method="exact", state=state)
     assert snapshot["calls"] == 1
     assert torch.equal(snapshot["tail_energies"], saved["tail_energies"])
 
