@@ -204,10 +204,10 @@ def test_resume_ends_where_the_whole_run_would(
 
     original = Trainer.train_epoch
 
-    def interrupt(trainer: Trainer, bar: object) -> object:
+    def interrupt(trainer: Trainer, *arguments: object) -> object:
         if trainer.name == interrupted and trainer.epoch == 2:
             raise KeyboardInterrupt
-        return original(trainer, bar)
+        return original(trainer, *arguments)
 
     halves = tmp_path / "halves"
     with monkeypatch.context() as patch:

@@ -13,8 +13,9 @@ from rpg_fast.distributions import DISTRIBUTIONS
 from rpg_fast.rank_loss import Method
 from rpg_fast.schedules import SCHEDULES
 
-from .config import DEFAULT_LR, TrainConfig, UserError
+from .config import DEFAULT_LR, Stopped, TrainConfig, UserError
 from .data import DATASETS
+from .distributed import LostProcess, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
 from .models import ARCHITECTURES
@@ -38,8 +39,17 @@ def main(argv: list[str] | None = None) -> int:
         return int(leaving.code or 0)
     try:
         return arguments.command(arguments)
+    except Stopped as stopped:
+        if prints_errors():
+            print(f"rpg-fast {arguments.name}: {stopped}", file=sys.stderr)
+        return 0
+    except LostProcess as lost:
+        if str(lost):
+            print(f"rpg-fast {arguments.name}: error: {lost}", file=sys.stderr)
+        return 1
     except UserError as error:
-        print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
+        if prints_errors():
+            print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -63,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add_group in (_data_options, _network_options, _training_options, _sparsity_options, _rank_options):
         add_group(train)
     _machine_options(train)
+    _output_options(train)
     folder = train.add_argument_group("folder").add_mutually_exclusive_group()
     folder.add_argument(
         "--out",
@@ -142,6 +153,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     group.add("--weight-decay", "of convolutions and linear weights; norms and biases have none", type=float)
     group.add("--label-smoothing", "", type=float)
     group.add("--clip-grad-norm", "clip the norm of the (masked) gradient (off)", type=float, metavar="NORM")
+    group.add("--mixup", "mix images by a share from Beta(ALPHA, ALPHA); 0: off", type=float, metavar="ALPHA")
+    group.add(
+        "--ema-decay", "test and keep an exponential moving average of the weights (off)", type=float, metavar="DECAY"
+    )
 
 
 def _sparsity_options(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +181,13 @@ def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group.flag("--dense-baseline", "train the same network dense first")
     group.add(
         "--start",
-        "weights that the sparse training begins with (those of the dense baseline, if it is trained)",
-        choices=("random", "dense"),
+        "weights that the sparse training begins with (--pretrained, or the dense baseline's, if it is trained)",
+        choices=("random", "dense", "pretrained"),
+    )
+    group.add(
+        "--pretrained",
+        "weights that all training begins with: a state_dict of torchvision or timm, a checkpoint or an export",
+        metavar="FILE",
     )
 
 
@@ -185,6 +205,8 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
     group.add("--device", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     group.add("--autocast", "mixed precision (off)", choices=("bf16", "fp16"))
     group.flag("--channels-last", "channels_last memory format")
+    group.flag("--compile", "torch.compile of the network")
+    group.flag("--deterministic", "the same bits in every run also on a GPU, which costs speed")
     group.add("--seed", "of weights, data order and masks", type=int)
     group.add(
         "--threads",
@@ -192,6 +214,17 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
     )
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "output")
+    group.add(
+        "--checkpoint-every",
+        "write a checkpoint every N steps too, not only after each epoch (off)",
+        type=int,
+        metavar="N",
+    )
+    group.flag("--tensorboard", "write the figures for TensorBoard into the run's folder")
 
 
 def _rank_every(text: str) -> int | str:
@@ -211,5 +244,6 @@ def _train(arguments: argparse.Namespace) -> int:
         result = resume(given["resume"], options)
     else:
         result = train(TrainConfig(**options), given.get("out"))
-    print(summary(result))
+    if result is not None:
+        print(summary(result))
     return 0

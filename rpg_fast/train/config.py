@@ -17,6 +17,10 @@ class UserError(Exception):
     """Something that the user can put right; its text is shown as it is, without a traceback."""
 
 
+class Stopped(Exception):  # noqa: N818 (no error)
+    """The run was asked to stop; its text says where it can go on."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The options of `rpg-fast train` under the same names; every value can be written to JSON.
@@ -49,6 +53,8 @@ class TrainConfig:
     warmup_epochs: float | None = None
     label_smoothing: float = 0.1
     clip_grad_norm: float | None = None
+    mixup: float = 0.0
+    ema_decay: float | None = None
     # sparsity
     sparsity: float = 0.98
     distribution: str = "global_magnitude"
@@ -59,7 +65,8 @@ class TrainConfig:
     update_until: float = 0.901
     drop_fraction: float = 0.3
     dense_baseline: bool = True
-    start: Literal["random", "dense"] | None = None
+    start: Literal["random", "dense", "pretrained"] | None = None
+    pretrained: str | None = None
     # rank loss
     rank_weight: float = 0.1
     rank_every: int | Literal["update"] = 1
@@ -70,18 +77,31 @@ class TrainConfig:
     device: str = "auto"
     autocast: Literal["bf16", "fp16"] | None = None
     channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
     seed: int = 0
     threads: int | None = None
+    # what is written
+    checkpoint_every: int | None = None
+    tensorboard: bool = False
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_together()
+
+    def _check_choices(self) -> None:
         _one_of("--data", self.data, DATASETS)
         _one_of("--arch", self.arch, ARCHITECTURES)
         _one_of("--stem", self.stem, (None, "imagenet", "small"))
         _one_of("--optimizer", self.optimizer, DEFAULT_LR)
         _one_of("--optimizer-impl", self.optimizer_impl, ("masked", "torch"))
         _one_of("--autocast", self.autocast, (None, "bf16", "fp16"))
-        _one_of("--start", self.start, (None, "random", "dense"))
-        for option in ("image_size", "width", "update_every", "threads"):
+        _one_of("--start", self.start, (None, "random", "dense", "pretrained"))
+
+    def _check_numbers(self) -> None:
+        for option in ("image_size", "width", "update_every", "threads", "checkpoint_every"):
             value = getattr(self, option)
             _require(value is None or value >= 1, option, "at least 1", value)
         for option in ("classes", "train_images", "test_images", "epochs", "batch_size", "accumulate"):
@@ -89,17 +109,17 @@ class TrainConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             _require(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number", value)
-        for option in ("momentum", "weight_decay", "rank_weight"):
+        for option in ("momentum", "weight_decay", "rank_weight", "mixup"):
             _require(getattr(self, option) >= 0, option, "at least 0", getattr(self, option))
         _require(
             0 <= self.warmup < self.epochs, "warmup_epochs", f"at least 0 and below --epochs {self.epochs}", self.warmup
         )
-        _require(self.lr is None or self.lr > 0, "lr", "above 0", self.lr)
-        _require(
-            self.clip_grad_norm is None or self.clip_grad_norm > 0, "clip_grad_norm", "above 0", self.clip_grad_norm
-        )
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1", self.label_smoothing)
-        _require(0 <= self.sparsity < 1, "sparsity", "at least 0 and below 1", self.sparsity)
+        for option in ("lr", "clip_grad_norm"):
+            value = getattr(self, option)
+            _require(value is None or value > 0, option, "above 0", value)
+        for option in ("label_smoothing", "sparsity", "ema_decay"):
+            value = getattr(self, option)
+            _require(value is None or 0 <= value < 1, option, "at least 0 and below 1", value)
         _require(0 < self.tail_energy < 1, "tail_energy", "between 0 and 1", self.tail_energy)
         _require(
             self.rank_every == "update" or (isinstance(self.rank_every, int) and self.rank_every >= 1),
@@ -107,6 +127,8 @@ class TrainConfig:
             '"update" or at least 1',
             self.rank_every,
         )
+
+    def _check_together(self) -> None:
         if self.batch_size < self.accumulate:
             raise UserError(
                 f"--accumulate {self.accumulate} splits a batch into that many parts, "
@@ -118,6 +140,11 @@ class TrainConfig:
                 raise UserError(f"--{field.name.replace('_', '-')} is for --data synthetic: {self.data} has its own")
         if self.start == "dense" and not self.dense_baseline:
             raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
+        if self.start == "pretrained" and self.pretrained is None:
+            by = f"--recipe {self.recipe}" if self.recipe else "--start pretrained"
+            raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
+        if self.pretrained is not None and self.start not in (None, "pretrained"):
+            raise UserError(f"--pretrained names weights to begin with, but --start {self.start} does not take them")
 
     @property
     def peak_lr(self) -> float:
@@ -127,7 +154,7 @@ class TrainConfig:
     @property
     def starts_dense(self) -> bool:
         """Whether the sparse training begins with the dense baseline's weights, as published."""
-        return self.dense_baseline if self.start is None else self.start == "dense"
+        return self.dense_baseline and self.pretrained is None and self.start in (None, "dense")
 
     @property
     def warmup(self) -> float:

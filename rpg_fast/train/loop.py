@@ -6,19 +6,23 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import rpg_fast
-
+from .checkpoint import random_states, restore_random_states, seed_everything, to_device
 from .config import TrainConfig, UserError
 from .data import Batches, Dataset
+from .distributed import ALONE, Team
 from .layers import network_statistics
+from .optimization import Average, MixUp, learning_rate, make_optimizer, make_pruner, update_interval
 
+UPDATES_PER_CHECK = 10  # between comparisons of the ranks
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,48 +50,87 @@ class Trainer:
     """One model in training: its data, its optimizer and, where it is to become sparse, its pruner.
 
     Args:
-        model: on its device and in its memory format already.
+        model: on its device and in its memory format already; the same on all ranks of `team`.
         dataset: on the same device.
         name: of the run in the metrics: "dense" or "sparse".
         sparse: attach a `rpg_fast.RankPruner`.
+        team: the processes that share each batch.
+
+    Attributes:
+        epoch, position: whole epochs, and batches of the next one, that are done. step: optimizer steps in all.
+        evaluated: the model that is tested and kept: the average, if there is one, else the model itself.
 
     Raises:
         UserError: the data, the optimizer or the pruner does not accept the configuration.
     """
 
-    def __init__(self, model: nn.Module, dataset: Dataset, config: TrainConfig, *, name: str, sparse: bool):
-        self.model, self.config, self.name = model, config, name
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        config: TrainConfig,
+        *,
+        name: str,
+        sparse: bool,
+        team: Team = ALONE,
+    ):
+        self.model, self.config, self.name, self.team = model, config, name, team
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.order = torch.Generator().manual_seed(config.seed)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        try:
-            self.train_batches = Batches(
-                dataset, dataset.train, config.batch_size, generator=self.order, memory_format=memory_format(config)
+        self.mixup = MixUp(config.mixup, config.seed)
+        if config.batch_size < team.world * config.accumulate:
+            raise UserError(
+                f"--batch-size {config.batch_size} cannot be shared among {team.world} processes with --accumulate "
+                f"{config.accumulate}: each of them needs an image for each part"
             )
+        try:
+            self.train_batches = training_batches(dataset, config, self.order, team)
             self.total_steps = len(self.train_batches) * config.epochs
             self.optimizer = make_optimizer(model, config)
             self.pruner = make_pruner(model, self.optimizer, self.total_steps, config) if sparse else None
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.test_batches = evaluation_batches(dataset, config)
+        self.test_batches = evaluation_batches(dataset, config, team)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
-        self.epoch = self.step = 0
+        self.average = None if config.ema_decay is None else Average(model, config.ema_decay)
+        self.evaluated = model if self.average is None else self.average.model
+        self.network = self._network()
+        self.epoch = self.position = self.step = 0
+        self._epoch_start = self.order.get_state()
+        self._totals = self._no_totals()
 
-    def run(self, on_epoch: Callable[[EpochMetrics], None]) -> None:
-        """Trains to the last epoch; `on_epoch` gets the figures after each.
+    def _network(self) -> nn.Module:
+        """What forward and backward run through: the model, reduced over the team and compiled where asked for."""
+        network = self.model
+        if self.team.world > 1:
+            network = DistributedDataParallel(
+                network, device_ids=[self.device] if self.device.index is not None else None
+            )
+        if self.config.compile:
+            network.compile()
+        return network
+
+    def _no_totals(self) -> tuple[Tensor, Tensor]:
+        """Loss and hits of this epoch on this rank, summed on the device."""
+        return torch.zeros((), device=self.device), torch.zeros((), device=self.device, dtype=torch.int64)
+
+    def run(self, on_epoch: Callable[[EpochMetrics], None], on_step: Callable[[], None] = lambda: None) -> None:
+        """Trains to the last epoch; `on_epoch` gets the figures after each, `on_step` is called after each step.
 
         Raises:
-            UserError: the weights are no longer finite.
+            UserError: the weights are no longer finite, or not the same on all ranks.
         """
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and self.team.leads
         with tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", disable=not terminal) as bar:
             while self.epoch < self.config.epochs:
-                metrics = self.train_epoch(bar)
+                metrics = self.train_epoch(bar, on_step)
                 on_epoch(metrics)
                 fields = progress_fields(metrics)
                 if terminal:
                     bar.set_postfix(fields)
-                else:
+                elif self.team.leads:
                     figures = "  ".join(f"{name} {value}" for name, value in fields.items())
                     print(f"{self.name}  epoch {metrics.epoch:>3}/{self.config.epochs}  {figures}", flush=True)
                 if not math.isfinite(metrics.mean_rank_ratio):
@@ -96,23 +139,31 @@ class Trainer:
                         "a smaller --lr or a longer --warmup-epochs may help"
                     )
 
-    def train_epoch(self, bar: tqdm) -> EpochMetrics:
-        """One pass over the training images, then one over the test images. Reads from the device once."""
+    def train_epoch(self, bar: tqdm, on_step: Callable[[], None] = lambda: None) -> EpochMetrics:
+        """One pass over the training images, then one over the test images, from where the last one was left."""
         self.model.train()
-        loss_sum = torch.zeros((), device=self.device)
-        hits = torch.zeros((), device=self.device, dtype=torch.int64)
-        start = time.perf_counter()
-        for images, labels in self.train_batches:
-            batch_loss, batch_hits = self.train_step(images, labels)
-            loss_sum += batch_loss
-            hits += batch_hits
+        start, first = time.perf_counter(), self.position
+        for images, labels in self.train_batches.iterate(first):
+            for total, value in zip(self._totals, self.train_step(images, labels), strict=True):
+                total += value
+            self.position += 1
             bar.update()
+            if self.step % self.check_every == 0:
+                self.check_agreement()
+            on_step()
+        loss_sum, hits = (self.team.sum(total).item() for total in self._totals)  # waits for the device
         seen = len(self.train_batches) * self.config.batch_size
-        train_loss, train_accuracy = loss_sum.item() / seen, hits.item() / seen  # waits for the device
-        seconds = time.perf_counter() - start
-        self.epoch += 1
+        here = seen * (1 - first / len(self.train_batches))
+        speed = here / (time.perf_counter() - start)
+        metrics = self._metrics(loss_sum / seen, hits / seen, speed)
+        self.position, self._totals, self._epoch_start = 0, self._no_totals(), self.order.get_state()
+        return metrics
 
-        statistics = network_statistics(self.model, self.config.tail_energy)
+    def _metrics(self, train_loss: float, train_accuracy: float, speed: float) -> EpochMetrics:
+        self.epoch += 1
+        self.check_agreement()
+        self.team.copy_buffers(self.evaluated)
+        statistics = network_statistics(self.evaluated, self.config.tail_energy)
         rank_loss = None if self.pruner is None else self.pruner.last_rank_loss
         if self.pruner is not None:
             self.pruner.settle()
@@ -123,28 +174,28 @@ class Trainer:
             lr=self.optimizer.param_groups[0]["lr"],
             train_loss=train_loss,
             train_accuracy=train_accuracy,
-            test_accuracy=accuracy(self.model, self.test_batches, self.config),
+            test_accuracy=accuracy(self.evaluated, self.test_batches, self.config, self.team),
             sparsity=0.0 if self.pruner is None else 1 - int(self.pruner.masks.count().sum()) / statistics.size,
             rank_loss=math.nan if rank_loss is None else float(rank_loss),
             mean_rank_ratio=statistics.mean_rank_ratio,
             effective_rank=statistics.effective_rank,
             dead_filters=statistics.dead_filters,
-            images_per_second=seen / seconds,
+            images_per_second=speed,
         )
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on images [B, C, H, W] and labels [B]. Returns summed loss and hits, on the device."""
+        """One step on this rank's images [B, C, H, W] and labels [B]. Returns summed loss and hits, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
-
-        loss_sum = torch.zeros((), device=self.device)
-        hits = torch.zeros((), device=self.device, dtype=torch.int64)
-        parts = self.config.accumulate
-        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):  # micro-batches
-            with autocast(self.device, self.config):
-                logits = self.model(x)  # [b, classes]
-                loss = self.criterion(logits, y)
-            self.scaler.scale(loss * (len(y) / len(labels))).backward()
+        loss_sum, hits = self._no_totals()
+        parts, share = self.config.accumulate, self.mixup.share(self.step)
+        whole = len(labels) if self.team.world == 1 else self.config.batch_size / self.team.world
+        for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
+            with self._unreduced(part < parts), autocast(self.device, self.config):
+                logits = self.network(self.mixup.images(x.to(self.dtype), share))  # [b, classes]
+                loss = self.mixup.loss(self.criterion, logits, y, share)
+            with self._unreduced(part < parts):
+                self.scaler.scale(loss * (len(y) / whole)).backward()
             loss_sum += loss.detach() * len(y)
             hits += (logits.detach().argmax(1) == y).sum()
 
@@ -153,10 +204,20 @@ class Trainer:
         if self.pruner is None or self.pruner.step():
             self._clip_gradients()
             self.scaler.step(self.optimizer)
+        elif self.average is not None:
+            self.average.mask(self.pruner.masks.unpack())
+        if self.average is not None:
+            self.average.update()
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         return loss_sum, hits
+
+    def _unreduced(self, here: bool) -> AbstractContextManager[None]:
+        """Keeps gradients on their rank until the last part of a batch."""
+        if here and isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return nullcontext()
 
     def _clip_gradients(self) -> None:
         limit = self.config.clip_grad_norm
@@ -165,77 +226,70 @@ class Trainer:
         elif limit is not None and self.pruner is not None:
             self.pruner.clip_grad_norm_(limit)
 
+    @property
+    def check_every(self) -> int:
+        """Steps between comparisons of the ranks."""
+        return UPDATES_PER_CHECK * update_interval(self.total_steps, self.config)
+
+    def check_agreement(self) -> None:
+        """Compares parameters, masks, and what the rank loss keeps.
+
+        Raises:
+            UserError: on every rank, if a rank differs. It names the rank and the layer.
+        """
+        tensors: dict[str, Tensor] = {f"the weights of {name}": p for name, p in self.model.named_parameters()}
+        if self.pruner is not None:
+            masks, state = self.pruner.masks, self.pruner.rank_state
+            ends = [*masks.layout.offsets[1:], masks.layout.nbytes]
+            for name, start, end in zip(masks.names, masks.layout.offsets, ends, strict=True):
+                tensors[f"the mask of {name}"] = masks.bits[start:end]
+            if state.windows is not None:
+                tensors["the windows of the rank loss"] = state.windows
+        self.team.check_agreement(tensors, f"step {self.step}")
+
     def state_dict(self) -> dict[str, Any]:
-        """All that changes in training, the weights apart."""
+        """All that changes in training, but the weights of `evaluated`. Every rank has to call it."""
+        mine = {"random": random_states(self.device), "totals": [total.cpu() for total in self._totals]}
         return {
             "epoch": self.epoch,
+            "position": self.position,
             "step": self.step,
-            "order": self.order.get_state(),
+            "order": self._epoch_start,
+            "ranks": self.team.gather(mine),
+            "model": None if self.average is None else self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; the model's weights are to be loaded before."""
-        self.epoch, self.step = state["epoch"], state["step"]
+        """Continues where `state_dict` was taken; `evaluated` is to be loaded before."""
+        if state["model"] is not None:
+            self.model.load_state_dict(state["model"])
+        self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
+        self._epoch_start = state["order"]
         self.order.set_state(state["order"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
+            rank_state = to_device(state["pruner"]["rank_state"], self.device)
+            self.pruner.load_state_dict({**state["pruner"], "rank_state": rank_state})
+        self._load_ranks(state["ranks"])
 
+    def _load_ranks(self, ranks: list[dict[str, Any]]) -> None:
+        """Each rank its own again; in a team of another size rank 0 takes over the sums, and randomness starts anew."""
+        totals = [entry["totals"] for entry in ranks]
+        if len(ranks) == self.team.world:
+            self._totals = tuple(total.to(self.device) for total in totals[self.team.rank])
+            restore_random_states(ranks[self.team.rank]["random"], self.device)
+            return
+        if self.team.leads:
+            self._totals = tuple(sum(column).to(self.device) for column in zip(*totals, strict=True))
+        self.seed_random()
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on the weights of convolutions and linear layers and on nothing else."""
-    weights = list(rpg_fast.prunable_weights(model).values())
-    decayed = {id(weight) for weight in weights}
-    groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    lr = learning_rate(0, 1, config)
-    if config.optimizer == "sgd":
-        sgd = rpg_fast.MaskedSGD if config.optimizer_impl == "masked" else torch.optim.SGD
-        return sgd(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
-    adamw = rpg_fast.MaskedAdamW if config.optimizer_impl == "masked" else torch.optim.AdamW
-    return adamw(groups, lr=lr)
-
-
-def make_pruner(
-    model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, config: TrainConfig
-) -> rpg_fast.RankPruner:
-    """The pruner. By default it updates its masks every 100 steps as published; in a run too short for 50 such updates
-    more often, but not below every 5 steps, since a step with an update trains nothing."""
-    update_every = min(100, max(5, total_steps // 50), max(1, int(config.prune_until * total_steps)))
-    device = next(model.parameters()).device
-    return rpg_fast.RankPruner(
-        model,
-        optimizer,
-        sparsity=config.sparsity,
-        total_steps=total_steps,
-        distribution=config.distribution,
-        criterion=config.criterion,
-        schedule=config.schedule,
-        update_every=config.update_every or update_every,
-        prune_until=config.prune_until,
-        update_until=config.update_until,
-        drop_fraction=config.drop_fraction,
-        rank_weight=config.rank_weight,
-        rank_every=config.rank_every,
-        tail_energy=config.tail_energy,
-        rank_method=config.rank_method,
-        min_sparsity=config.min_sparsity,
-        generator=torch.Generator(device).manual_seed(config.seed),
-    )
-
-
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Linear over the warm-up, then half a cosine down to zero, anew at every step."""
-    warmup = config.warmup / config.epochs * total_steps
-    if step < warmup:
-        return config.peak_lr * (step + 1) / (warmup + 1)
-    return config.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+    def seed_random(self) -> None:
+        """Seeds the global generators, on every rank and at every step differently."""
+        seed_everything(self.config.seed + 1_000_003 * self.team.rank + 7_919 * self.step)
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
@@ -252,21 +306,36 @@ def memory_format(config: TrainConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def evaluation_batches(dataset: Dataset, config: TrainConfig) -> Batches:
-    """The test images in their order. No gradients are kept, so that a batch may be larger than in training."""
-    return Batches(dataset, dataset.test, 4 * config.batch_size, memory_format=memory_format(config))
+def training_batches(dataset: Dataset, config: TrainConfig, order: torch.Generator, team: Team = ALONE) -> Batches:
+    """This rank's part of the training images, in an order that `order` draws alike on all ranks."""
+    return Batches(
+        dataset,
+        dataset.train,
+        config.batch_size,
+        generator=order,
+        memory_format=memory_format(config),
+        rank=team.rank,
+        world=team.world,
+    )
+
+
+def evaluation_batches(dataset: Dataset, config: TrainConfig, team: Team = ALONE) -> Batches:
+    """This rank's part of the test images. No gradients are kept, so that a batch may be larger than in training."""
+    size = 4 * config.batch_size
+    return Batches(dataset, dataset.test, size, memory_format=memory_format(config), rank=team.rank, world=team.world)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches, config: TrainConfig) -> float:
-    """The fraction of images whose class gets the largest logit; leaves the model in evaluation mode."""
+def accuracy(model: nn.Module, batches: Batches, config: TrainConfig, team: Team = ALONE) -> float:
+    """The fraction of images whose class gets the largest logit, of all ranks; leaves the model in evaluation mode."""
     model.eval()
-    device = next(model.parameters()).device
-    hits = torch.zeros((), device=device, dtype=torch.int64)
+    parameter = next(model.parameters())
+    hits = torch.zeros((), device=parameter.device, dtype=torch.int64)
     for images, labels in batches:
-        with autocast(device, config):
-            hits += (model(images).argmax(1) == labels).sum()
-    return hits.item() / len(batches.split)
+        if len(labels) > 0:
+            with autocast(parameter.device, config):
+                hits += (model(images.to(parameter.dtype)).argmax(1) == labels).sum()
+    return team.sum(hits).item() / len(batches.split)
 
 
 def progress_fields(metrics: EpochMetrics) -> dict[str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import csv
-import json
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import load_checkpoint, model_arguments, save_checkpoint
-from .config import TrainConfig, UserError
+from .checkpoint import RunFolder, load_checkpoint
+from .config import Stopped, TrainConfig, UserError
 from .data import Dataset, load_digits, make_synthetic
+from .distributed import ALONE, LostProcess, Team, join
+from .events import EventWriter, summary_writer
+from .formats import read_network
 from .layers import NetworkStatistics, network_statistics
 from .loop import EpochMetrics, Trainer, place
 from .models import build_model
 from .report import draw_report
 
 TINY_IMAGE = 16  # pixels
+SMALL_IMAGE = 64  # pixels; up to here the 7x7 stem and the max-pooling would throw too much away
 
 
 @dataclass(frozen=True)
@@ -44,60 +49,6 @@ class RunResult:
         return max(as_sparse, key=lambda row: row.test_accuracy)
 
 
-class RunFolder:
-    """The files of one run: config.json, metrics.csv, dense.pt, checkpoint.pt, report.png."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @classmethod
-    def create(cls, out: Path | None, name: str) -> RunFolder:
-        """A new folder: `out`, or the first free one of runs/<name>, runs/<name>-2, ...
-
-        Raises:
-            UserError: `out` exists and is not an empty folder, or cannot be made.
-        """
-        candidates = [out] if out else [Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
-        for path in candidates:
-            try:
-                path.mkdir(parents=True)
-                return cls(path)
-            except FileExistsError:
-                if out and path.is_dir() and not any(path.iterdir()):
-                    return cls(path)
-            except OSError as error:
-                raise UserError(f"cannot make the run's folder {path}: {error.strerror}") from error
-        raise UserError(f"{candidates[0]} exists already; runs are never overwritten: choose another --out")
-
-    def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
-        text = json.dumps({"config": config.to_dict(), **facts}, indent=2)
-        (self.path / "config.json").write_text(text + "\n")
-
-    def read_config(self) -> dict[str, Any]:
-        """The configuration that `write_config` wrote.
-
-        Raises:
-            UserError: there is none.
-        """
-        path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} holds no run that can be resumed: {path} is missing or damaged") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{self.path} holds no run that can be resumed: {path} is damaged")
-        return config
-
-    def write_metrics(self, rows: Sequence[EpochMetrics]) -> None:
-        """The whole table anew, replaced in one go, so that a reader never sees half a line."""
-        temporary = self.path / ".metrics.csv"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        os.replace(temporary, self.path / "metrics.csv")
-
-
 class Run:
     """A dense and a sparse trainer, which begin with the same weights, and the folder that they write to.
 
@@ -105,99 +56,215 @@ class Run:
         UserError: an option does not fit. It is found here, before anything is written.
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.device = choose_device(config)
-        self.dataset = load_data(config).to(self.device)
+    def __init__(self, config: TrainConfig, team: Team = ALONE):
+        self.config, self.team = config, team
+        if config.tensorboard:
+            summary_writer()
+        self.device = team.together(lambda: choose_device(config, team))
+        set_determinism(config)
+        self.dataset = team.together(lambda: load_data(config)).to(self.device)
         choose_threads(config, self.dataset)
         self.model_arguments = model_arguments(config, self.dataset)
         torch.manual_seed(config.seed)
-        self.initial = place(build_model(**self.model_arguments), self.device, config)
+        model = build_model(**self.model_arguments)
+        if config.pretrained is not None:
+            load_pretrained(model, Path(config.pretrained), config)
+        self.initial = place(model, self.device, config)
         self.dense = self._trainer("dense", self.initial)
         self.sparse = self._trainer("sparse", self.initial)
         self.rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
 
     def _trainer(self, name: str, model: nn.Module) -> Trainer:
-        return Trainer(copy.deepcopy(model), self.dataset, self.config, name=name, sparse=name == "sparse")
+        return Trainer(
+            copy.deepcopy(model), self.dataset, self.config, name=name, sparse=name == "sparse", team=self.team
+        )
 
     def train(self, folder: RunFolder) -> RunResult:
         """Trains both, each from where its checkpoint in the folder left off, and draws the picture.
 
         Raises:
-            UserError: a checkpoint in the folder is no good, or the training diverged.
+            UserError: a checkpoint in the folder is no good, the training diverged, or another process was lost.
+            Stopped: SIGTERM came, and all is saved.
         """
         config, begin = self.config, self.initial
-        print(self.describe(folder), flush=True)
-        if config.dense_baseline:
-            self._fit(self.dense, folder, "dense.pt")
-            if config.starts_dense:
-                begin = self.dense.model
-                self.sparse = self._trainer("sparse", begin)
-        self._fit(self.sparse, folder, "checkpoint.pt")
+        if self.team.leads:
+            print(self.describe(folder), flush=True)
+        with on_sigterm() as stop:
+            if config.dense_baseline:
+                self._fit(self.dense, folder, "dense.pt", stop)
+                if config.starts_dense:
+                    begin = self.dense.evaluated
+                    self.sparse = self._trainer("sparse", begin)
+            self._fit(self.sparse, folder, "checkpoint.pt", stop)
 
         before = network_statistics(begin, config.tail_energy)
-        after = network_statistics(self.sparse.model, config.tail_energy)
+        after = network_statistics(self.sparse.evaluated, config.tail_energy)
         assert self.sparse.pruner is not None
         pruned = after.size - int(self.sparse.pruner.masks.count().sum())
         rows = {name: tuple(found) for name, found in self.rows.items()}
-        draw_report(folder.path / "report.png", config, rows["dense"], rows["sparse"], before, after)
+        if self.team.leads:
+            picture = folder.path / "report.png"
+            folder.attempt(
+                picture.name, lambda: draw_report(picture, config, rows["dense"], rows["sparse"], before, after)
+            )
         return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned)
 
     def describe(self, folder: RunFolder) -> str:
         """What is trained on what, where, into which folder: one line."""
         size = sum(parameter.numel() for parameter in self.initial.parameters())
         images = f"{len(self.dataset.train):,} training and {len(self.dataset.test):,} test images"
+        processes = f"{self.team.world} processes, each on " if self.team.world > 1 else ""
         return (
             f"{self.config.arch} ({size:,} parameters) on {self.dataset.name} ({images}), "
-            f"{device_name(self.device)}, into {folder.path}"
+            f"{processes}{device_name(self.device)}, into {folder.path}"
         )
 
-    def _fit(self, trainer: Trainer, folder: RunFolder, file: str) -> None:
-        path, rows = folder.path / file, self.rows[trainer.name]
-        if path.exists():
-            checkpoint = load_checkpoint(path)
-            try:
-                trainer.model.load_state_dict(checkpoint["state_dict"])
-                trainer.load_state_dict(checkpoint["trainer"])
-                rows += [EpochMetrics(**row) for row in checkpoint["metrics"]]
-            except (RuntimeError, TypeError, ValueError, KeyError) as error:
-                raise UserError(f"{path} is not of this run: {str(error).splitlines()[0]}") from error
+    def _fit(self, trainer: Trainer, folder: RunFolder, file: str, stop: threading.Event) -> None:
+        self._restore(trainer, folder, file)
+        events = EventWriter(folder.path, trainer, self.config) if self.team.leads and self.config.tensorboard else None
+        saved = True
+
+        def save() -> bool:
+            content = self._content(trainer)
+            return self.team.lead(lambda: folder.save(file, content))
 
         def on_epoch(metrics: EpochMetrics) -> None:
-            rows.append(metrics)
-            folder.write_metrics(self.rows["dense"] + self.rows["sparse"])
-            content = {
-                "state_dict": trainer.model.state_dict(),
-                "model": self.model_arguments,
-                "config": self.config.to_dict(),
-                "metrics": [asdict(row) for row in rows],
-                "trainer": trainer.state_dict(),
-            }
-            save_checkpoint(path, content)
+            nonlocal saved
+            self.rows[trainer.name].append(metrics)
+            self._write_metrics(folder)
+            if events is not None:
+                folder.attempt("tensorboard", lambda: events.add_epoch(metrics))
+            saved = save()
 
-        trainer.run(on_epoch)
+        def on_step() -> None:
+            stopping = self.team.any(stop.is_set())
+            every = self.config.checkpoint_every
+            due = every is not None and trainer.step % every == 0
+            if (stopping or due) and not save() and stopping:
+                raise UserError(f"stopped after step {trainer.step}, but {folder.path / file} could not be written")
+            if stopping:
+                raise Stopped(f"stopped after step {trainer.step} of the {trainer.name} training; {go_on(folder)}")
+
+        try:
+            trainer.run(on_epoch, on_step)
+        except RuntimeError as error:
+            told = self.team.explain_loss(error, f"step {trainer.step}")
+            if told is None:
+                raise
+            raise LostProcess(told and f"{told}; {go_on(folder)}") from error
+        if not saved:
+            raise UserError(f"the trained network could not be written to {folder.path / file}; {go_on(folder)}")
+
+    def _content(self, trainer: Trainer) -> dict[str, Any]:
+        """What goes into a checkpoint. Every rank has to call it."""
+        return {
+            "state_dict": trainer.evaluated.state_dict(),
+            "model": self.model_arguments,
+            "config": self.config.to_dict(),
+            "metrics": [asdict(row) for row in self.rows[trainer.name]],
+            "trainer": trainer.state_dict(),
+        }
+
+    def _restore(self, trainer: Trainer, folder: RunFolder, file: str) -> None:
+        """Takes `trainer` to its checkpoint, if there is one, and the files of the folder with it."""
+        path, rows = folder.path / file, self.rows[trainer.name]
+        checkpoint = self.team.lead(lambda: load_checkpoint(path) if path.exists() else None)
+        if checkpoint is None:
+            trainer.seed_random()
+            return
+        try:
+            trainer.evaluated.load_state_dict(checkpoint["state_dict"])
+            trainer.load_state_dict(checkpoint["trainer"])
+            rows += [EpochMetrics(**row) for row in checkpoint["metrics"]]
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is not of this run: {str(error).strip().splitlines()[0]}") from error
+        self._write_metrics(folder)
+
+    def _write_metrics(self, folder: RunFolder) -> None:
+        if self.team.leads:
+            rows = [asdict(row) for row in self.rows["dense"] + self.rows["sparse"]]
+            folder.write_metrics(rows, [field.name for field in fields(EpochMetrics)])
 
 
-def train(config: TrainConfig, out: Path | None = None) -> RunResult:
-    """Trains as configured into a new folder: `out`, or the next free one below runs/.
+def train(config: TrainConfig, out: Path | None = None) -> RunResult | None:
+    """Trains as configured into a new folder: `out`, or the next free one below runs/; in each of the processes that
+    torchrun has started, or in this one. Returns the result on rank 0.
 
     Raises:
-        UserError: an option does not fit or the folder is taken (then nothing is written), or the training diverged.
+        UserError: an option does not fit or the folder is taken (then nothing is written), the training diverged, a
+            process was lost, or the result could not be written. Stopped: SIGTERM came, and all is saved.
     """
-    run = Run(config)
-    folder = RunFolder.create(out, config.name)
-    folder.write_config(config, {"device": device_name(run.device), "torch": torch.__version__})
-    return run.train(folder)
+    with join() as team:
+        run = Run(config, team)
+        facts = {"device": device_name(run.device), "processes": team.world, "torch": torch.__version__}
+
+        def begin() -> Path:
+            folder = RunFolder.create(out, config.name)
+            folder.write_config(config.to_dict(), facts)
+            return folder.path
+
+        result = run.train(RunFolder(team.lead(begin)))
+        return result if team.leads else None
 
 
-def resume(path: Path, overrides: dict[str, Any]) -> RunResult:
-    """Goes on with an interrupted run, from the last whole epoch to the same end.
+def resume(path: Path, overrides: dict[str, Any]) -> RunResult | None:
+    """Goes on with an interrupted run to the same end, on any number of processes. Returns the result on rank 0.
 
     Raises:
-        UserError: there is no run in `path`, or one of its files is damaged.
+        UserError: there is no run in `path`, one of its files is damaged, or what `train` raises.
     """
-    folder = RunFolder(path)
-    return Run(TrainConfig.from_dict({**folder.read_config(), **overrides})).train(folder)
+    with join() as team:
+        folder = RunFolder(path)
+        config = TrainConfig.from_dict({**team.lead(folder.read_config), **overrides})
+        run = Run(config, team)
+        if team.leads:
+            folder.remove_remains()
+        result = run.train(folder)
+        return result if team.leads else None
+
+
+def go_on(folder: RunFolder) -> str:
+    return f"`rpg-fast train --resume {folder.path}` goes on"
+
+
+@contextmanager
+def on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where this is the main thread."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def model_arguments(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """The arguments of `build_model` for this data; stored in the checkpoint so that the model needs no data set."""
+    return {
+        "arch": config.arch,
+        "num_classes": dataset.num_classes,
+        "in_channels": dataset.in_channels,
+        "stem": config.stem or ("small" if dataset.image_size <= SMALL_IMAGE else None),
+        "width": config.width,
+        "zero_init_residual": config.zero_init_residual,
+    }
+
+
+def load_pretrained(model: nn.Module, path: Path, config: TrainConfig) -> None:
+    """Weights from any file that `formats.read_network` reads.
+
+    Raises:
+        UserError: the file is no good, or its network is another.
+    """
+    network = read_network(path, arch=config.arch)
+    try:
+        model.load_state_dict(network.state_dict)
+    except RuntimeError as error:
+        difference = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"--pretrained {path} does not fit --arch {config.arch} on this data: {difference}") from error
 
 
 def summary(result: RunResult) -> str:
@@ -234,8 +301,8 @@ def load_data(config: TrainConfig) -> Dataset:
     )
 
 
-def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on ("auto": CUDA where there is one).
+def choose_device(config: TrainConfig, team: Team = ALONE) -> torch.device:
+    """The device to train on ("auto": CUDA where there is one); of several processes each its own GPU.
 
     Raises:
         UserError: there is no such device.
@@ -249,10 +316,25 @@ def choose_device(config: TrainConfig) -> torch.device:
         raise UserError(f"--device {name!r} is unknown; known are auto, cpu, cuda, cuda:0, ...") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name!r} is not supported; known are auto, cpu, cuda, cuda:0, ...")
+    if device.type == "cuda" and team.world > 1:
+        if ":" in name:
+            raise UserError(
+                f"--device {name} names one GPU for {team.world} processes: --device cuda gives each its own"
+            )
+        device = torch.device("cuda", team.local_rank)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
+        raise UserError(f"--device {device} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
     return device
+
+
+def set_determinism(config: TrainConfig) -> None:
+    """With --deterministic, operations that give the same bits each time; torch raises where it has none. On the CPU
+    all those used here do anyway."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.backends.cudnn.benchmark = False
 
 
 def choose_threads(config: TrainConfig, dataset: Dataset) -> None:
