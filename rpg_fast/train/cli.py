@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,11 +15,12 @@ from rpg_fast.rank_loss import Method
 from rpg_fast.schedules import SCHEDULES
 
 from .config import DEFAULT_LR, Stopped, TrainConfig, UserError
-from .data import DATASETS
+from .data import DATASETS, FOLDER
 from .distributed import LostProcess, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
 from .models import ARCHITECTURES
+from .recipes import PUBLISHED_DISTRIBUTIONS, PUBLISHED_NAMES, RECIPES, describe, from_recipe
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -70,13 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.set_defaults(command=_train, name="train")
+    train.add_argument("--recipe", choices=tuple(RECIPES), help="published hyper-parameters, for all options not given")
+    train.add_argument(
+        "--show-config", action="store_true", help="print every value and where it is from; train nothing"
+    )
     for add_group in (_data_options, _network_options, _training_options, _sparsity_options, _rank_options):
         add_group(train)
     _machine_options(train)
     _output_options(train)
+    _published_options(train)
     folder = train.add_argument_group("folder").add_mutually_exclusive_group()
     folder.add_argument(
         "--out",
+        *PUBLISHED_NAMES["out"],
         type=Path,
         metavar="DIR",
         help="where the run is written; must not exist (default: runs/<data>-<arch>-<sparsity>, numbered where taken)",
@@ -101,9 +109,10 @@ class _Group:
 
     def add(self, option: str, text: str, **kwargs: Any) -> None:
         """One option; the help shows its default unless that is None, which the text then explains."""
-        default = DEFAULTS[option.lstrip("-").replace("-", "_")]
+        name = option.lstrip("-").replace("-", "_")
+        default = DEFAULTS[name]
         shown = "" if default is None else f" (default: {default})"
-        self.group.add_argument(option, help=(text + shown).strip(), **kwargs)
+        self.group.add_argument(option, *PUBLISHED_NAMES.get(name, ()), help=(text + shown).strip(), **kwargs)
 
     def flag(self, option: str, text: str) -> None:
         default = DEFAULTS[option.lstrip("-").replace("-", "_")]
@@ -113,11 +122,32 @@ class _Group:
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "data")
-    group.add("--data", "digits: 1,797 handwritten digits; synthetic: made up, of any size", choices=DATASETS)
-    group.add("--image-size", "side of the images (digits 8, synthetic 32)", type=int, metavar="PIXELS")
+    group.add(
+        "--data",
+        "digits: 1,797 handwritten digits; synthetic: made up, of any size; folder:PATH: the image files "
+        "PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (or PATH/test/...)",
+        type=_data_set,
+        metavar="DATA",
+    )
+    group.add("--image-size", "side of the images (digits 8, synthetic 32, folder 224)", type=int, metavar="PIXELS")
     group.add("--classes", "classes of the synthetic data", type=int, metavar="N")
     group.add("--train-images", "training images of the synthetic data", type=int, metavar="N")
     group.add("--test-images", "test images of the synthetic data", type=int, metavar="N")
+    group.add("--workers", "processes that decode image files (the cores less one, at most 16)", type=int, metavar="N")
+    group.add(
+        "--bad-images",
+        "what to do with an image file that cannot be read: stop; or skip it, and say so",
+        choices=("stop", "skip"),
+    )
+
+
+def _data_set(text: str) -> str:
+    """The name of a data set; a folder by its absolute path, so that a run can be resumed from anywhere."""
+    if text.startswith(FOLDER) and text != FOLDER:
+        return FOLDER + os.path.abspath(text[len(FOLDER) :])
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(DATASETS)}, {FOLDER}PATH)")
+    return text
 
 
 def _network_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +168,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "training")
     rates = ", ".join(f"{name} {lr}" for name, lr in DEFAULT_LR.items())
     group.add("--epochs", "passes over the training images", type=int, metavar="N")
-    group.add("--batch-size", "images per optimizer step", type=int, metavar="N")
+    group.add("--batch-size", "images per optimizer step, of all processes together", type=int, metavar="N")
     group.add("--accumulate", "split each batch into N micro-batches and add up their gradients", type=int, metavar="N")
     group.add("--optimizer", "", choices=tuple(DEFAULT_LR))
     group.add(
@@ -227,6 +257,42 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
     group.flag("--tensorboard", "write the figures for TensorBoard into the run's folder")
 
 
+def _published_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the published program whose values mean something else here."""
+    group = parser.add_argument_group("names of the published program, beside those above")
+    group.add_argument("--dense-allocation", dest="sparsity", type=_sparsity, metavar="D", help="--sparsity 1 - D")
+    group.add_argument(
+        "--sp-distribution",
+        action=_Several,
+        choices=PUBLISHED_DISTRIBUTIONS,
+        help="--distribution, and --schedule exponential for magnitude-exponential",
+    )
+    group.add_argument("--amp", dest="autocast", action="store_const", const="fp16", help="--autocast fp16")
+    group.add_argument(
+        "--memory-format", dest="channels_last", type=_is_nhwc, metavar="{nchw,nhwc}", help="nhwc: --channels-last"
+    )
+    for option, only in (("--lr-schedule", "cosine2"), ("--grad-accumulation-n", "1"), ("--static-topo", "0")):
+        group.add_argument(option, choices=(only,), help="what is done here")
+
+
+class _Several(argparse.Action):
+    """One word for several options."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        for name, value in PUBLISHED_DISTRIBUTIONS[values].items():
+            setattr(namespace, name, value)
+
+
+def _sparsity(text: str) -> float:
+    return round(1 - float(text), 12)
+
+
+def _is_nhwc(text: str) -> bool:
+    if text not in ("nchw", "nhwc"):
+        raise argparse.ArgumentTypeError(f"must be nchw or nhwc, got {text!r}")
+    return text == "nhwc"
+
+
 def _rank_every(text: str) -> int | str:
     return text if text == "update" else int(text)
 
@@ -237,13 +303,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from .run import resume, summary, train
 
+    if "show_config" in given:
+        print(describe(from_recipe(options), options))
+        return 0
     if "resume" in given:
         fixed = sorted(set(options) - {"device", "threads"})
         if fixed:
             raise UserError(f"--resume keeps the run's own options: leave out --{fixed[0].replace('_', '-')}")
         result = resume(given["resume"], options)
     else:
-        result = train(TrainConfig(**options), given.get("out"))
+        result = train(from_recipe(options), given.get("out"))
     if result is not None:
         print(summary(result))
     return 0

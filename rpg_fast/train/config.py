@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from .data import DATASETS
+from .data import DATASETS, FOLDER
 from .models import ARCHITECTURES
 
 DEFAULT_LR = {"sgd": 0.1, "adamw": 2e-3}
@@ -35,6 +36,8 @@ class TrainConfig:
     classes: int = 10
     train_images: int = 1024
     test_images: int = 256
+    workers: int | None = None
+    bad_images: Literal["stop", "skip"] = "stop"
     # network
     arch: str = "resnet20"
     width: int | None = None
@@ -92,7 +95,9 @@ class TrainConfig:
         self._check_together()
 
     def _check_choices(self) -> None:
-        _one_of("--data", self.data, DATASETS)
+        if not self.reads_files:
+            _one_of("--data", self.data, (*DATASETS, f"{FOLDER}PATH"))
+        _one_of("--bad-images", self.bad_images, ("stop", "skip"))
         _one_of("--arch", self.arch, ARCHITECTURES)
         _one_of("--stem", self.stem, (None, "imagenet", "small"))
         _one_of("--optimizer", self.optimizer, DEFAULT_LR)
@@ -104,6 +109,7 @@ class TrainConfig:
         for option in ("image_size", "width", "update_every", "threads", "checkpoint_every"):
             value = getattr(self, option)
             _require(value is None or value >= 1, option, "at least 1", value)
+        _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
         for option in ("classes", "train_images", "test_images", "epochs", "batch_size", "accumulate"):
             _require(getattr(self, option) >= 1, option, "at least 1", getattr(self, option))
         for field in fields(self):
@@ -138,6 +144,9 @@ class TrainConfig:
             made_up = field.name in ("classes", "train_images", "test_images")
             if made_up and self.data != "synthetic" and getattr(self, field.name) != field.default:
                 raise UserError(f"--{field.name.replace('_', '-')} is for --data synthetic: {self.data} has its own")
+            from_files = field.name in ("workers", "bad_images")
+            if from_files and not self.reads_files and getattr(self, field.name) != field.default:
+                raise UserError(f"--{field.name.replace('_', '-')} is for --data {FOLDER}PATH, not for {self.data}")
         if self.start == "dense" and not self.dense_baseline:
             raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
         if self.start == "pretrained" and self.pretrained is None:
@@ -145,6 +154,11 @@ class TrainConfig:
             raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
         if self.pretrained is not None and self.start not in (None, "pretrained"):
             raise UserError(f"--pretrained names weights to begin with, but --start {self.start} does not take them")
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the images come from files: `data` is "folder:" and a path."""
+        return str(self.data).startswith(FOLDER) and self.data != FOLDER
 
     @property
     def peak_lr(self) -> float:
@@ -164,7 +178,8 @@ class TrainConfig:
     @property
     def name(self) -> str:
         """A name for the run's folder."""
-        return f"{self.data}-{self.arch}-{self.sparsity * 100:g}"
+        data = Path(self.data).name if self.reads_files else self.data
+        return f"{data}-{self.arch}-{self.sparsity * 100:g}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .checkpoint import RunFolder, load_checkpoint
 from .config import Stopped, TrainConfig, UserError
-from .data import Dataset, load_digits, make_synthetic
+from .data import FOLDER, Dataset, load_digits, make_synthetic
 from .distributed import ALONE, LostProcess, Team, join
 from .events import EventWriter, summary_writer
 from .formats import read_network
@@ -290,6 +290,11 @@ def summary(result: RunResult) -> str:
 
 def load_data(config: TrainConfig) -> Dataset:
     """The data set that the configuration names."""
+    if config.reads_files:
+        from .folder import load_folder
+
+        path = config.data[len(FOLDER) :]
+        return load_folder(path, image_size=config.image_size, workers=config.workers, bad_images=config.bad_images)
     if config.data == "digits":
         return load_digits(config.image_size)
     return make_synthetic(
