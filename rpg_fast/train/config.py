@@ -149,9 +149,6 @@ class TrainConfig:
                 raise UserError(f"--{field.name.replace('_', '-')} is for --data {FOLDER}PATH, not for {self.data}")
         if self.start == "dense" and not self.dense_baseline:
             raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
-        if self.start == "pretrained" and self.pretrained is None:
-            by = f"--recipe {self.recipe}" if self.recipe else "--start pretrained"
-            raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
         if self.pretrained is not None and self.start not in (None, "pretrained"):
             raise UserError(f"--pretrained names weights to begin with, but --start {self.start} does not take them")
 

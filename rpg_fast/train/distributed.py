@@ -26,7 +26,7 @@ SECONDS_TO_REPORT = 2.0  # in which the processes that are left say so, after on
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timed out")
 
 
-class LostProcess(UserError):
+class LostProcess(UserError):  # noqa: N818 (named for what happened)
     """Another process of the run has ended. The text is empty on all ranks but the one that tells it."""
 
 

@@ -101,7 +101,7 @@ class Average:
     exclude are zero in it, so that it is as sparse as the model."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+        self.model, self.decay = copy.deepcopy(model), decay
         pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
         self._real = [pair for pair in pairs if pair[0].is_floating_point()]
         self._whole = [pair for pair in pairs if not pair[0].is_floating_point()]

@@ -58,6 +58,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, team: Team = ALONE):
         self.config, self.team = config, team
+        if config.start == "pretrained" and config.pretrained is None:
+            by = f"--recipe {config.recipe}" if config.recipe else "--start pretrained"
+            raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
         if config.tensorboard:
             summary_writer()
         self.device = team.together(lambda: choose_device(config, team))
