@@ -6,6 +6,7 @@ import csv
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,9 @@ def kill_and_resume(folder: Path, options: tuple[str, ...], moments: list[int]) 
             return main(["train", f"--resume={folder}"])
         return train(folder, *options)
 
-    for moment in moments:
-        assert in_child(lambda moment=moment: go(moment)) in (-signal.SIGKILL, 0)
+    ends = [in_child(lambda moment=moment: go(moment)) for moment in moments]
+    assert ends[0] == -signal.SIGKILL
+    assert set(ends) <= {-signal.SIGKILL, 0}
     assert in_child(lambda: go(None)) == 0
 
 
@@ -149,3 +151,204 @@ def test_twenty_random_kills(variant: str, tmp_path: Path) -> None:
         folder = tmp_path / f"killed {number}"
         kill_and_resume(folder, options, [draw.randint(1, MOMENTS)])
         assert differing(whole, content(folder)) == []
+
+
+def test_sigterm_saves_and_exits_0(tmp_path: Path) -> None:
+    """In a process as a user starts it, stopped in the middle of an epoch."""
+    program = [sys.executable, "-m", "rpg_fast", "train"]
+    running = subprocess.Popen(
+        [*program, *TINY, "--epochs=200", f"--out={tmp_path / 'run'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "run" / "dense.pt").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 0
+    line = told.decode()
+    assert line.startswith("rpg-fast train: stopped after step ")
+    assert line.endswith(f"`rpg-fast train --resume {tmp_path / 'run'}` goes on\n")
+    assert line.count("\n") == 1
+    saved = load_checkpoint(tmp_path / "run" / "dense.pt")["trainer"]
+    assert f"step {saved['step']} " in line
+    assert saved["step"] == 10 * saved["epoch"] + saved["position"]
+
+
+def stop_at(step: int) -> None:
+    """From now on this process gets SIGTERM in that step."""
+    original = Trainer.train_step
+
+    def train_step(trainer: Trainer, *batch: Tensor) -> Any:
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+SPARSE = ("--no-dense-baseline", "--checkpoint-every=1000", "--criterion=set")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nothing interrupts comes to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert in_child(lambda: train(folder, *SPARSE)) == 0
+    return content(folder)
+
+
+@pytest.mark.parametrize("step", [0, 9, 14, 29])  # the first and the last of an epoch, one between, the last of all
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(step: int, whole: dict[str, Any], tmp_path: Path) -> None:
+
+    def stopped() -> int:
+        stop_at(step)
+        return train(tmp_path / "run", *SPARSE)
+
+    assert in_child(stopped) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["trainer"]["step"] == step + 1
+    assert in_child(lambda: main(["train", f"--resume={tmp_path / 'run'}"])) == 0
+    assert differing(whole, content(tmp_path / "run")) == []
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, full: Callable[[], bool]) -> None:
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if full():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_costs_neither_the_old_checkpoint_nor_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    steps: list[int] = []
+    original = Trainer.train_step
+
+    def train_step(trainer: Trainer, *batch: Tensor) -> Any:
+        steps.append(trainer.step)
+        return original(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    fill_disk(monkeypatch, lambda: 12 <= len(steps) < 28)
+    assert train(folder, "--no-dense-baseline") == 0
+    warnings = capsys.readouterr().err.splitlines()
+    no_space = "No space left on device; the older one stays, the training goes on"
+    assert warnings == [
+        f"warning: cannot write {folder / 'checkpoint.pt'}: {no_space}",
+        f"warning: cannot write {folder / 'metrics.csv'}: {no_space}",
+    ]
+    assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["step"] == 30
+    assert {file.name for file in folder.iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt"}
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_disk_that_stays_full_ends_in_an_error_with_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fill_disk(patch, lambda: (folder / "checkpoint.pt").exists())
+        assert train(folder, "--no-dense-baseline", "--checkpoint-every=14") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"rpg-fast train: error: the trained network could not be written to {folder / 'checkpoint.pt'}; "
+        f"`rpg-fast train --resume {folder}` goes on"
+    )
+    assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["step"] == 10
+    assert train(tmp_path / "whole", "--no-dense-baseline") == main(["train", f"--resume={folder}"]) == 0
+    one, other = content(tmp_path / "whole"), content(folder)
+    assert [name for name in differing(one, other) if "checkpoint_every" not in name] == []
+
+
+def test_nothing_is_left_where_the_configuration_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_disk(patch, lambda: True)
+        assert train(tmp_path / "run") == 2
+    assert f"cannot write {tmp_path / 'run' / 'config.json'}: No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+    assert RunFolder.create(tmp_path / "run", "").path == tmp_path / "run"
+
+
+def test_checkpoints_hold_plain_values_and_packed_masks(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--no-dense-baseline") == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    trainer = saved["trainer"]
+    assert trainer["pruner"]["masks"]["bits"].dtype == torch.uint8
+    weights = sum(tensor.numel() for tensor in saved["state_dict"].values() if tensor.dim() > 1)
+    assert trainer["pruner"]["masks"]["bits"].numel() < weights / 8 + 128 * len(saved["state_dict"])
+    assert (trainer["epoch"], trainer["position"], trainer["step"]) == (3, 0, 30)
+    assert len(trainer["ranks"]) == 1
+
+
+def test_random_states_are_those_of_all_generators() -> None:
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), float(np.random.randn())]  # noqa: NPY002
+
+    draw()  # leaves half of a pair of normal numbers in NumPy's state
+    states = random_states(torch.device("cpu"))
+    drawn = draw()
+    restore_random_states(states, torch.device("cpu"))
+    assert draw() == drawn
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path, saved: path.write_bytes(path.read_bytes()[:-1000]), "is truncated or not a PyTorch checkpoint"),
+        (lambda path, saved: path.write_bytes(b""), "is truncated or not a PyTorch checkpoint"),
+        (lambda path, saved: torch.save({"state_dict": {}}, path), "was not written by this `rpg-fast train`"),
+        (lambda path, saved: torch.save({**saved, "trainer": None}, path), "is incomplete: no trainer"),
+        (
+            lambda path, saved: torch.save({**saved, "state_dict": {"w": torch.ones(2)}}, path),
+            'is not of this run: Missing key(s) in state_dict: "conv1.weight"',
+        ),
+        (lambda path, saved: torch.save({**saved, "trainer": {"epoch": 1}}, path), "is not of this run: no model"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_left_alone(
+    damage: Callable[[Path, Any], object],
+    text: str,
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    path = folder / "checkpoint.pt"
+    damage(path, load_checkpoint(path))
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    capsys.readouterr()
+    assert main(["train", f"--resume={folder}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"rpg-fast train: error: {path} ")
+    assert text in told
+    assert told.count("\n") == 1
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+
+    def run() -> int:
+        stop_at(14)
+        return train(folder, *SPARSE)
+
+    assert in_child(run) == 0
+    return folder
+
+
+def test_resume_keeps_to_the_architecture(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"resnet20"', '"resnet32"'))
+    capsys.readouterr()
+    assert main(["train", f"--resume={folder}"]) == 2
+    assert "checkpoint.pt is not of this run: it is of arch resnet20, wanted resnet32" in capsys.readouterr().err

@@ -82,6 +82,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def reason(error: Exception) -> str:
+    """What was wrong, in one line, of an error of `load_state_dict`."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]}"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+
+
 class RunFolder:
     """The files of one run: config.json, metrics.csv, dense.pt, checkpoint.pt, report.png, tensorboard/."""
 

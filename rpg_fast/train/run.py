@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import RunFolder, load_checkpoint
+from .checkpoint import RunFolder, load_checkpoint, reason
 from .config import Stopped, TrainConfig, UserError
 from .data import FOLDER, Dataset, load_digits, make_synthetic
 from .distributed import ALONE, LostProcess, Team, join
@@ -175,12 +175,16 @@ class Run:
         if checkpoint is None:
             trainer.seed_random()
             return
+        for key, value in self.model_arguments.items():
+            if checkpoint["model"].get(key) != value:
+                was = checkpoint["model"].get(key)
+                raise UserError(f"{path} is not of this run: it is of {key} {was}, wanted {value}")
         try:
             trainer.evaluated.load_state_dict(checkpoint["state_dict"])
             trainer.load_state_dict(checkpoint["trainer"])
             rows += [EpochMetrics(**row) for row in checkpoint["metrics"]]
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is not of this run: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{path} is not of this run: {reason(error)}") from error
         self._write_metrics(folder)
 
     def _write_metrics(self, folder: RunFolder) -> None:
@@ -266,8 +270,7 @@ def load_pretrained(model: nn.Module, path: Path, config: TrainConfig) -> None:
     try:
         model.load_state_dict(network.state_dict)
     except RuntimeError as error:
-        difference = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"--pretrained {path} does not fit --arch {config.arch} on this data: {difference}") from error
+        raise UserError(f"--pretrained {path} does not fit --arch {config.arch} here: {reason(error)}") from error
 
 
 def summary(result: RunResult) -> str:
