@@ -12,6 +12,7 @@ namespace rpg_fast {
 constexpr double kNarrowest = 1e-5, kWidest = 0.3;
 constexpr double kFirst = 5.0, kSearch = 0.3, kFill = 0.45, kDensity = 0.026, kLeak = 2e-5;
 constexpr double kBlur = 1e-8, kBlurred = 2e-12, kLoss = 2e-5, kAbsolute = 1e-7;
+constexpr double kRoundingOfSums = 3e-6;
 constexpr int kRoom = 12;
 constexpr int kSumParts = 32;
 constexpr int kTraces = 3;  // sums that a kernel leaves of a tile
@@ -271,7 +272,7 @@ RPG_FAST_HOST_DEVICE int apply_rank_rule(const double* traces, int m, int w, dou
   const bool resolved = clear && lower_known && upper_known;
   e = clamp(e, 0, 1);
   const bool sharp = mixed <= fmax(kBlur * e * (1 - e) / tau, kBlurred * m) &&
-                     inside - ledger.seen <= fmax((kLoss * e + kAbsolute) / (6 * tau), kLeak / 10);
+                     inside - ledger.seen <= (kLoss * e + kAbsolute) / (3 * (tau + half)) + kRoundingOfSums * inside;
   const double last_in = best > 0 ? ritz[best - 1] : tau + half, first_out = best < found ? ritz[best] : tau - half;
   const double boundary = (last_in + first_out) / 2;
   if (resolved && sharp) {

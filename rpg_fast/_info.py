@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import re
@@ -36,7 +37,8 @@ def op_names() -> list[str]:
 
 
 def backend(op: str, device: str) -> str:
-    """What the dispatcher runs for an op on a device type: "reference", "C++", "CUDA", "Triton" or "none".
+    """What the dispatcher runs for an op on a device type: "reference" (plain torch), "torch" (plain torch,
+    but another way than the reference), "C++", "CUDA", "Triton" or "none".
 
     Read from the dispatcher's own table, which has an entry for a device that this machine lacks, too.
     """
@@ -50,7 +52,7 @@ def backend(op: str, device: str) -> str:
             return "CUDA"
         if entry["file"].endswith(".cpp"):
             return "C++"
-        return "Triton" if device == "cuda" else "reference"
+        return "Triton" if device == "cuda" else "torch"
     return "none"
 
 
@@ -78,11 +80,15 @@ def _cuda_devices() -> list[str]:
 
 
 def _cuda_driver() -> str | None:
-    version_number = getattr(torch._C, "_cuda_getDriverVersion", None)  # torch without CUDA lacks it
-    if version_number is None or not torch.cuda.is_available():
+    """The newest CUDA that the driver supports, "13.0"; None without a driver. Asks no device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
         return None
-    number = version_number()
-    return f"{number // 1000}.{number % 1000 // 10}"
+    number = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def collect() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from rpg_fast import reference
 
 WIDTH = 32  # w: columns of the range finder
 SMALL = 64  # a matrix with m up to this is done by eigendecomposition
-WARM_ROUNDS, COLD_ROUNDS = 4, 8  # in a call with a window from the last one, and without
+WARM_ROUNDS, COLD_ROUNDS = 3, 8  # in a call with a window from the last one, and without
 
 STAGES = 10  # composed quintics, enough for the narrowest window of the table
 CONVERGED = 3e-6  # error of the composed step outside the window; the last product squares it
@@ -39,6 +39,7 @@ JUNK = 1e-3  # directions in which P - P^2 is smaller than this belong to no win
 ROOM = 12  # columns that must be left over for the range finder to be accurate
 BLUR, BLURRED = 1e-8, 2e-12  # how much the directions found may mix with others; see `conclude_round`
 LOSS, ABSOLUTE = 2e-5, 1e-7  # how much e may owe to directions that were not found: relative to e, and beside it
+ROUNDING = 3e-6  # of sums of squares, relative, in kernels of fp32 grade
 LEAK = 2e-5  # ||P - P^2||_F^2 outside the directions found, above which some were missed
 
 FIRST = 5.0  # a search starts at FIRST * tail_energy / m
@@ -229,8 +230,8 @@ def conclude_round(
     # error of c sqrt(tau / 2) in a gradient of sqrt(e (1 - e)), both over 2 / ||X||_F. Rounding alone gives c^2 ~ m.
     mixed = (YQ - Q @ H_Y).square().sum((-2, -1))
     sharp = mixed <= (BLUR * e * (1 - e) / window.tau).clamp(min=BLURRED * m)
-    # An eigenvalue that was not found, below 2 tau, adds 3 (p - p^2)^2 of itself to e. The last bound is of rounding.
-    sharp &= inside - seen <= ((LOSS * e + ABSOLUTE) / (6 * window.tau)).clamp(min=LEAK / 10)
+    # An eigenvalue that was not found, at most tau + half, adds 3 (p - p^2)^2 of itself to e.
+    sharp &= inside - seen <= (LOSS * e + ABSOLUTE) / (3 * (window.tau + window.half)) + ROUNDING * inside
     resolved = clear & lower_known & upper_known
 
     last_in = ritz.gather(-1, (best - 1).clamp(min=0)[:, None])[:, 0]

@@ -228,7 +228,7 @@ def _spectra(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
-    if torch.is_inference_mode_enabled():  # a state outlives it
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a state outlives it
         with torch.inference_mode(False), torch.no_grad():
             return _spectra(weights, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
     check_options(weights, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
@@ -333,7 +333,7 @@ def check_options(
     if refresh_every > 1 and state is None:
         raise ValueError(f"refresh_every={refresh_every} needs state=RankState() to keep the spectra in")
     if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity must be a number in [0, 1], got {min_sparsity!r}")
+        raise ValueError(f"min_sparsity must lie in [0, 1], got {min_sparsity!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if not isinstance(tail_energy, Tensor) and not 0 <= tail_energy <= 1:

@@ -106,7 +106,9 @@ def test_a_wrong_window_is_right_or_flagged_and_right_at_the_next_call(factor: f
             window = filter_alone.window  # type: ignore[attr-defined]
             window = filtered.Window(window.tau * factor, window.half)
             k, got, _ = filter_alone(W, tail_energy, window, filtered.WARM_ROUNDS)
-            if k < 0:
+            for _ in range(1 if 0.3 <= factor <= 3 else 2):  # how many calls it may be flagged
+                if k >= 0:
+                    break
                 assert not got.any()
                 assert not 0.8 < factor < 1.2
                 window = filter_alone.window  # type: ignore[attr-defined]
