@@ -57,6 +57,8 @@ VARIANTS = {
     "channels-last": ("--channels-last", "--nesterov"),
     "bf16": ("--autocast=bf16",),
     "fp16": ("--autocast=fp16", "--channels-last"),
+    "mixup-ema": ("--mixup=0.2", "--ema-decay=0.9", "--label-smoothing=0"),
+    "deterministic": ("--deterministic", "--ema-decay=0.5", "--accumulate=2", "--checkpoint-every=7"),
     "constant-erk-set": ("--schedule=constant", "--distribution=erk", "--criterion=set", "--rank-every=update"),
     "resnet50-synthetic": (
         "--data=synthetic",

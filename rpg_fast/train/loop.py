@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from rpg_fast import RankPruner
+
 from .checkpoint import random_states, restore_random_states, seed_everything, to_device
 from .config import TrainConfig, UserError
 from .data import Batches, Dataset
@@ -161,12 +163,12 @@ class Trainer:
 
     def _metrics(self, train_loss: float, train_accuracy: float, speed: float) -> EpochMetrics:
         self.epoch += 1
+        if self.pruner is not None:
+            self._settle(self.pruner)
         self.check_agreement()
         self.team.copy_buffers(self.evaluated)
         statistics = network_statistics(self.evaluated, self.config.tail_energy)
         rank_loss = None if self.pruner is None else self.pruner.last_rank_loss
-        if self.pruner is not None:
-            self.pruner.settle()
         return EpochMetrics(
             run=self.name,
             epoch=self.epoch,
@@ -182,6 +184,15 @@ class Trainer:
             dead_filters=statistics.dead_filters,
             images_per_second=speed,
         )
+
+    def _settle(self, pruner: RankPruner) -> None:
+        """After each epoch; after the last one the exact sparsity, also if the last update met infinite gradients."""
+        if self.epoch < self.config.epochs:
+            pruner.settle()
+            return
+        pruner.finalize()
+        if self.average is not None:
+            self.average.mask(pruner.masks.unpack())
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on this rank's images [B, C, H, W] and labels [B]. Returns summed loss and hits, on the device."""
@@ -327,15 +338,18 @@ def evaluation_batches(dataset: Dataset, config: TrainConfig, team: Team = ALONE
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches, config: TrainConfig, team: Team = ALONE) -> float:
-    """The fraction of images whose class gets the largest logit, of all ranks; leaves the model in evaluation mode."""
+    """The fraction of images whose class gets the largest logit, of all that could be read, on all ranks; NaN if there
+    were none. Leaves the model in evaluation mode."""
     model.eval()
     parameter = next(model.parameters())
-    hits = torch.zeros((), device=parameter.device, dtype=torch.int64)
+    hits = torch.zeros(2, device=parameter.device, dtype=torch.int64)  # and images
     for images, labels in batches:
         if len(labels) > 0:
             with autocast(parameter.device, config):
-                hits += (model(images.to(parameter.dtype)).argmax(1) == labels).sum()
-    return team.sum(hits).item() / len(batches.split)
+                hits[0] += (model(images.to(parameter.dtype)).argmax(1) == labels).sum()
+            hits[1] += len(labels)
+    right, seen = team.sum(hits).tolist()
+    return right / seen if seen else math.nan
 
 
 def progress_fields(metrics: EpochMetrics) -> dict[str, str]:

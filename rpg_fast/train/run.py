@@ -92,7 +92,7 @@ class Run:
         config, begin = self.config, self.initial
         if self.team.leads:
             print(self.describe(folder), flush=True)
-        with on_sigterm() as stop:
+        with on_sigterm() as stop, self._losses_told(folder):
             if config.dense_baseline:
                 self._fit(self.dense, folder, "dense.pt", stop)
                 if config.starts_dense:
@@ -148,15 +148,20 @@ class Run:
             if stopping:
                 raise Stopped(f"stopped after step {trainer.step} of the {trainer.name} training; {go_on(folder)}")
 
+        trainer.run(on_epoch, on_step)
+        if not saved:
+            raise UserError(f"the trained network could not be written to {folder.path / file}; {go_on(folder)}")
+
+    @contextmanager
+    def _losses_told(self, folder: RunFolder) -> Iterator[None]:
+        """Tells in one line, by one process, that another has ended."""
         try:
-            trainer.run(on_epoch, on_step)
+            yield
         except RuntimeError as error:
-            told = self.team.explain_loss(error, f"step {trainer.step}")
+            told = self.team.explain_loss(error, f"step {self.sparse.step or self.dense.step}")
             if told is None:
                 raise
             raise LostProcess(told and f"{told}; {go_on(folder)}") from error
-        if not saved:
-            raise UserError(f"the trained network could not be written to {folder.path / file}; {go_on(folder)}")
 
     def _content(self, trainer: Trainer) -> dict[str, Any]:
         """What goes into a checkpoint. Every rank has to call it."""

@@ -1,0 +1,114 @@
+"""What each process of test_train_ddp.py does: torchrun --nproc-per-node N ddp_train.py TASK OUT."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rpg_fast.train.cli import main
+from rpg_fast.train.config import Stopped, TrainConfig, UserError
+from rpg_fast.train.data import load_digits
+from rpg_fast.train.distributed import Team, join
+from rpg_fast.train.loop import Trainer
+
+CONFIG = TrainConfig(
+    batch_size=66,  # four processes get 17, 17, 16 and 16
+    epochs=3,  # of 20 steps
+    update_every=5,
+    sparsity=0.8,
+    rank_weight=1.0,
+    lr=0.05,
+    accumulate=2,
+)
+STOP_AT = 29
+KILLED_RANK, KILLED_STEP = 1, 17
+
+
+def make_trainer(team: Team, *, group_norm: bool, config: TrainConfig = CONFIG) -> Trainer:
+    torch.manual_seed(0)
+
+    def norm(channels: int) -> nn.Module:
+        return nn.GroupNorm(2, channels) if group_norm else nn.BatchNorm2d(channels)
+
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1, bias=False), norm(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, bias=False), norm(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 9, 10)),
+    )
+    return Trainer(model.double(), load_digits(), config, name="sparse", sparse=True, team=team)
+
+
+def whole(team: Team, out: Path, *, group_norm: bool) -> None:
+    """Trains to the end, and leaves the network, and the digests of masks and weights of all ranks."""
+    trainer = make_trainer(team, group_norm=group_norm)
+    trainer.run(lambda metrics: None)
+    assert trainer.pruner is not None
+    weights = [weight.detach().numpy().tobytes() for weight in trainer.model.parameters()]
+    digests = team.gather(trainer.pruner.masks.digest())
+    same = [other == weights for other in team.gather(weights)]
+    if team.leads:
+        masks = trainer.pruner.masks.unpack()
+        torch.save({"state_dict": trainer.model.state_dict(), "masks": masks, "digests": digests, "same": same}, out)
+
+
+def stopped(team: Team, out: Path) -> None:
+    """Leaves the state in the middle of an epoch."""
+    trainer = make_trainer(team, group_norm=True)
+
+    def on_step() -> None:
+        if trainer.step == STOP_AT:
+            raise Stopped
+
+    try:
+        trainer.run(lambda metrics: None, on_step)
+    except Stopped:
+        state = {"state_dict": trainer.evaluated.state_dict(), "trainer": trainer.state_dict()}
+        if team.leads:
+            torch.save(state, out)
+
+
+def astray(team: Team, out: Path) -> None:
+    """Rank 1 changes one weight a little."""
+    trainer = make_trainer(team, group_norm=True)
+
+    def on_step() -> None:
+        if trainer.step == 7 and team.rank == 1:
+            with torch.no_grad():
+                trainer.model[3].weight.view(-1)[5] += 1e-12
+
+    try:
+        trainer.run(lambda metrics: None, on_step)
+    except UserError as error:
+        out.with_suffix(f".{team.rank}").write_text(f"{trainer.step} {error}")
+
+
+def killed(arguments: list[str]) -> int:
+    """`rpg-fast train`, in which one rank is killed in the middle of a step."""
+    original = Trainer.train_step
+
+    def train_step(trainer: Trainer, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        if trainer.step == KILLED_STEP and trainer.team.rank == KILLED_RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(trainer, *batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    task, out = sys.argv[1], Path(sys.argv[2])
+    if task == "killed":
+        sys.exit(killed(sys.argv[2:]))
+    with join() as team:
+        if task == "stopped":
+            stopped(team, out)
+        elif task == "astray":
+            astray(team, out)
+        else:
+            whole(team, out, group_norm=task == "group")
