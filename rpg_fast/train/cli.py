@@ -14,8 +14,8 @@ from rpg_fast.distributions import DISTRIBUTIONS
 from rpg_fast.rank_loss import Method
 from rpg_fast.schedules import SCHEDULES
 
-from .config import DEFAULT_LR, Stopped, TrainConfig, UserError
-from .data import DATASETS, FOLDER
+from .config import DEFAULT_LR, LocalError, Stopped, TrainConfig, UserError
+from .data import DATASETS, FOLDER, explain_lost_worker
 from .distributed import LostProcess, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
@@ -50,9 +50,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"rpg-fast {arguments.name}: error: {lost}", file=sys.stderr)
         return 1
     except UserError as error:
-        if prints_errors():
+        if prints_errors() or isinstance(error, LocalError):
             print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        told = explain_lost_worker(error)
+        if told is None:
+            raise
+        print(f"rpg-fast {arguments.name}: error: {told}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             f"rpg-fast {arguments.name}: interrupted; `rpg-fast train --resume DIR` goes on with a run", file=sys.stderr

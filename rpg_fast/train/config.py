@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something that the user can put right; its text is shown as it is, without a traceback."""
 
 
+class LocalError(UserError):
+    """What one process alone has found out, as in its part of the data: of several it is the one that tells."""
+
+
 class Stopped(Exception):  # noqa: N818 (no error)
     """The run was asked to stop; its text says where it can go on."""
 

@@ -260,6 +260,13 @@ class Batches:
         self._reader.close()
 
 
+def explain_lost_worker(error: RuntimeError) -> str | None:
+    """What to tell of a process that decoded and was killed, as by a machine out of memory; None: something else went
+    wrong. torch raises the error as soon as it knows, whatever the training is doing."""
+    text = str(error).strip().splitlines() or [""]
+    return f"a process that decodes images has ended: {text[0]}" if "DataLoader worker" in text[0] else None
+
+
 def shift_images(images: Tensor, shifts: Tensor) -> Tensor:
     """Moves each image by its own whole number of pixels; what comes in at the border repeats the border.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .config import UserError
+from .config import LocalError, UserError
 from .data import FOLDER, Dataset, Reader, Split
 from .decode import Decoded, Decoder, ImageFiles, Task
 
@@ -201,7 +201,7 @@ class _FolderReader(Reader):
         self._tasks.pending = (Task(order[part].tolist(), seed) for part in parts)
         if self._loader is None:
             self._loader = self._make_loader(keep_workers=generator is not None)
-        decoded = self._checked(self._loader)
+        decoded = self._reported(self._loader)
         return map(self._place, decoded) if self.split.device.type == "cpu" else self._copied_ahead(decoded)
 
     def close(self) -> None:
@@ -223,24 +223,19 @@ class _FolderReader(Reader):
             **several,
         )
 
-    def _checked(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
-        """The batches; reports what could not be read."""
-        try:
-            for batch in loader:
-                self._report(batch)
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"a process that decodes images has ended: {str(error).splitlines()[0]}") from error
+    def _reported(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
+        for batch in loader:
+            self._report(batch)
+            yield batch
 
     def _report(self, batch: Decoded) -> None:
+        """Tells what could not be read."""
         if batch.given_up:
             self.close()
             path, reason = batch.bad[-1]
             if self.split.skip_bad:
-                raise UserError(f"{len(batch.bad)} images in a row cannot be read, the last is {path}: {reason}")
-            raise UserError(f"cannot read the image {path}: {reason} (--bad-images skip goes on without it)")
+                raise LocalError(f"{len(batch.bad)} images in a row cannot be read, the last is {path}: {reason}")
+            raise LocalError(f"cannot read the image {path}: {reason} (--bad-images skip goes on without it)")
         for path, reason in batch.bad:
             if path not in self.bad_images:
                 self.bad_images[path] = reason
