@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,12 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit", default=None, help="the commit to record, where there is no .git")
 
 
+BEGAN: pytest.StashKey[float] = pytest.StashKey()  # of time.monotonic()
 LOAD: pytest.StashKey[float] = pytest.StashKey()  # processes that wanted to run before these did
 RATES: pytest.StashKey[Rates] = pytest.StashKey()
 NOT_MEASURED: pytest.StashKey[dict[str, str]] = pytest.StashKey()  # title of a race -> why
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BEGAN] = time.monotonic()
     config.stash[LOAD] = os.getloadavg()[0]
     config.stash[NOT_MEASURED] = {}
     if not config.getoption("benchmark_only"):
@@ -72,6 +75,12 @@ def _small_runs_on_one_thread(scale: Scale) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def scale(request: pytest.FixtureRequest, device: torch.device) -> Scale:
     return Scale(device, full=request.config.getoption("benchmark_only"))
+
+
+@pytest.fixture(scope="session")
+def began(request: pytest.FixtureRequest, scale: Scale) -> float | None:
+    """time.monotonic() when these tests began, where a stage of gpu.sh must end; None where there is no limit."""
+    return request.config.stash[BEGAN] if scale.full and scale.device.type == "cuda" else None
 
 
 @pytest.fixture(scope="session")

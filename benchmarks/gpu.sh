@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with an NVIDIA GPU, and no network, can tell about this tree. From the repository root:
 #
-#   bash benchmarks/gpu.sh [--commit HASH] [--python PYTHON] [stage ...]
+#   bash benchmarks/gpu.sh [--commit HASH] [--python PYTHON] [--pack] [stage ...]
 #
 #   probe     benchmarks/probe.py, five minutes at most; builds the library first if it does not load (the default)
 #   build     the compiled library, in place; a failed build is an error
@@ -19,6 +19,10 @@
 # Every stage ends within eight minutes and leaves its log, whatever became of the others. Files go to $OUT, by default
 # benchmarks/results/<device>: summary.json, probe.json, a JSON file for each benchmark and a log for each stage. Exits 0
 # if all stages passed. `python -m benchmarks.report benchmarks/results/<device>` makes tables and plots of them.
+#
+# With --pack, $OUT gets two files alone, summary.json and results.tgz, the archive of all JSON files and logs. Both are
+# written again after every stage, so what a finished stage found survives whatever ends the run; an archive that is
+# there already is added to.
 set -uo pipefail
 
 readonly STAGE_SECONDS=470 LOG_BYTES=4000000
@@ -31,6 +35,7 @@ die() {
 }
 
 export python=python3 commit='' out
+pack=''
 stages=()
 while (($#)); do
   case $1 in
@@ -39,11 +44,12 @@ while (($#)); do
       if [[ $1 == --commit ]]; then commit=$2; else python=$2; fi
       shift
       ;;
+    --pack) pack=yes ;;
     probe | build | test | graph | sanitize | rank | error | growth | svd | step) stages+=("$1") ;;
     bench) stages+=("${BENCHMARKS[@]}") ;;
     all) stages+=(probe build test graph sanitize "${BENCHMARKS[@]}") ;;
-    *) die "unknown argument '$1': want --commit HASH, --python PYTHON or stages of probe build test graph sanitize" \
-      "${BENCHMARKS[*]} bench all" ;;
+    *) die "unknown argument '$1': want --commit HASH, --python PYTHON, --pack or stages of probe build test graph" \
+      "sanitize ${BENCHMARKS[*]} bench all" ;;
   esac
   shift
 done
@@ -58,6 +64,14 @@ driver=$(gpu driver_version)
 out=${OUT:-benchmarks/results/$(tr -cs '[:alnum:]\n' - <<<"${device,,}")}
 mkdir -p "$out" || die "cannot create $out"
 out=$(cd "$out" && pwd)
+delivered=$out
+if [[ $pack ]]; then
+  out=$(mktemp -d) || die "cannot create a folder for what is to be packed"
+  trap 'rm -r "$out"' EXIT
+  if [[ -f $delivered/results.tgz ]]; then
+    tar -xzf "$delivered/results.tgz" -C "$out" || die "cannot unpack $delivered/results.tgz to add to it"
+  fi
+fi
 arch=sm_$(gpu compute_cap | tr -d .)
 export arch PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
@@ -147,6 +161,14 @@ write_summary() {
   printf '{"environment": %s,\n "stages": [%s]}\n' "$environment" "${results[*]}" >"$out/summary.json"
 }
 
+deliver() { # a whole archive takes the place of the last one, or none does
+  [[ $pack ]] || return 0
+  local archive=$delivered/results.tgz
+  tar -czf "$archive.new" -C "$out" . || die "cannot write $archive.new"
+  mv "$archive.new" "$archive" || die "cannot write $archive"
+  cp "$out/summary.json" "$delivered" || die "cannot write $delivered/summary.json"
+}
+
 failures=0
 run_stage() {
   local stage=$1 status=0 begin=$SECONDS log=$out/$1.log outcome=passed
@@ -161,6 +183,7 @@ run_stage() {
   results+=("
   {\"stage\": \"$stage\", \"outcome\": \"$outcome\", \"exit_status\": $status, \"seconds\": $((SECONDS - begin))}")
   write_summary
+  deliver
   tail -n 60 "$log"
   echo "== $stage $outcome (status $status, $((SECONDS - begin)) s)"
 }

@@ -18,6 +18,7 @@ from benchmarks.rates import Rates
 from benchmarks.work import Work
 
 SLOW_S = 20.0  # what takes longer runs once
+STAGE_S = 330.0  # no contestant is begun later than this after the stage, which is killed after 470 s
 LAP_S = 0.02  # shorter calls are repeated within a lap
 RACE_S = 30.0  # a race stops after the round that passes this, not before MIN_ROUNDS nor after MAX_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
@@ -111,13 +112,15 @@ class Race:
 
     Args:
         title: group in pytest-benchmark's table.
-        contestants: peers first.
+        contestants: in any order. Ours run first and peers that compile last.
         agree: {name: outcome} -> {name: {measure: value}} for the report; raises AssertionError where results differ.
         full: False runs everything once, for the comparison of results alone.
         rates: ceilings of the device, for the shares of them that contestants with `work` reach.
         seconds: about how long the rounds last.
         slow: a contestant that takes more seconds runs once.
         details: more facts for every row of the report.
+        began: time.monotonic() at the beginning of a stage that must end: who has not begun STAGE_S later is missing,
+            and who takes more than a tenth of `slow` then runs once. None: there is time for everyone.
 
     A peer that raises is left out, as is whoever runs out of memory; `missing`, in every row's facts, tells why.
     """
@@ -133,9 +136,11 @@ class Race:
         seconds: float = RACE_S,
         slow: float = SLOW_S,
         details: dict[str, Any] | None = None,
+        began: float | None = None,
     ):
         self.title, self.contestants, self.agree, self.full = title, list(contestants), agree, full
         self.rates, self.seconds, self.slow, self.details = rates, seconds, slow, details or {}
+        self.began = began
         self.laps: dict[str, list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
@@ -157,11 +162,14 @@ class Race:
     def _run(self, contestants: list[Contestant]) -> None:
         self.missing |= {c.name: c.missing for c in contestants if c.missing}
         contestants = [c for c in contestants if not c.missing]
-        contestants = [*contestants, *self._captured(contestants)]
+        contestants = sorted([*contestants, *self._captured(contestants)], key=lambda c: (not c.ours, c.compiles))
         outcomes: dict[str, Any] = {}
         expected: dict[str, float] = {}
         peaks: dict[str, int] = {}
         for c in contestants:
+            if late := self._late():
+                self.missing[c.name] = late
+                continue
             try:
                 expected[c.name], peaks[c.name] = self._first(c, outcomes)
             except Exception as error:  # whatever a peer raises is its result
@@ -170,6 +178,8 @@ class Race:
                 self.missing[c.name] = _reason(error)
                 outcomes.pop(c.name, None)
         contestants = [c for c in contestants if c.name in expected]
+        if self._late():  # rounds of slow ones would not end in time
+            self.slow /= 10
         measures = self.agree(outcomes)
         del outcomes
         laps = {name: [seconds] for name, seconds in expected.items()}
@@ -179,6 +189,11 @@ class Race:
             facts = measures.get(c.name, {}) | self._facts(c, contestants, laps)
             self.facts[c.name] = facts | ({"peak_bytes": peaks[c.name]} if peaks[c.name] else {})
         self.laps = laps
+
+    def _late(self) -> str:
+        """Why nobody may begin any more; empty if there is time."""
+        elapsed = 0.0 if self.began is None else time.monotonic() - self.began
+        return f"{elapsed:.0f} s since the stage began, {STAGE_S:.0f} s are given" if elapsed > STAGE_S else ""
 
     def _first(self, contestant: Contestant, outcomes: dict[str, Any]) -> tuple[float, int]:
         """Adds to `outcomes`; seconds of a run, and the device memory that one takes beside its inputs."""

@@ -57,6 +57,25 @@ def test_slow_ones_run_once_and_compilation_does_not_count(monkeypatch: pytest.M
     assert not race.facts["compiled"]["slow_ran_once"]
 
 
+def test_ours_run_first_and_nobody_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+
+    def timed(contestant: Contestant, repeats: int = 1) -> tuple[float, None]:
+        order.append(contestant.name)
+        now[0] += 160.0
+        return 15.0, None
+
+    monkeypatch.setattr(racing, "lap", timed)
+    monkeypatch.setattr(racing.time, "monotonic", lambda: now[0])
+    everyone = [contestant("compiled", compiles=True), contestant("a peer"), contestant("another")]
+    race = ran(*everyone, contestant("rpg_fast.thing"), began=-20.0, seconds=0.0)
+    assert order == ["rpg_fast.thing", "a peer"]  # each once: rounds would come too late
+    assert race.missing == dict.fromkeys(("another", "compiled"), "340 s since the stage began, 330 s are given")
+    assert race.laps == {"rpg_fast.thing": [15.0], "a peer": [15.0]}
+    assert race.facts["a peer"]["slow_ran_once"]
+    assert race.facts["rpg_fast.thing"]["missing"] == race.missing
+
+
 def test_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(racing.time, "perf_counter", lambda: float(next(ticks)))

@@ -88,7 +88,7 @@ def told_the_ranks(job: RankJob) -> Callable[[int], Callable[[], Any]]:
 
 
 @pytest.fixture(scope="module")
-def race(scale: Scale, rates: Rates | None) -> Race:
+def race(scale: Scale, rates: Rates | None, began: float | None) -> Race:
     model = resnet50(scale.device, full=scale.full)
     prune(model)
     job = RankJob(list(rpg_fast.prunable_weights(model, include=grouping.CONVOLUTIONS).values()))
@@ -112,7 +112,7 @@ def race(scale: Scale, rates: Rates | None) -> Race:
         missing = "the CPU has one precision, and plain torch for this op"
         contestants = [replace(c, missing=missing) if c.name in (FASTER, PLAIN) else c for c in contestants]
     title = "rank loss, error against time, 53 convolutions"
-    return Race(title, contestants, agree(LIMITS), full=scale.full, rates=rates)
+    return Race(title, contestants, agree(LIMITS), full=scale.full, rates=rates, began=began)
 
 
 @pytest.mark.parametrize("name", [PUBLISHED, TORCH, *CLASSIC.values(), EXACTLY, WARM, FASTER, *STALE.values(), PLAIN])

@@ -109,13 +109,14 @@ def ours(job: RankJob, scale: Scale) -> list[Contestant]:
 
 
 @pytest.fixture(scope="module")
-def race(scale: Scale, rates: Rates | None) -> Iterator[Race]:
+def race(scale: Scale, rates: Rates | None, began: float | None) -> Iterator[Race]:
     model = resnet50(scale.device, full=scale.full)
     prune(model)
     job = RankJob(list(rpg_fast.prunable_weights(model, include=grouping.CONVOLUTIONS).values()))
     pool = peers.thread_pool()
     contestants = [*(peers_on_gpu(job) if job.on_gpu else peers_on_cpu(job, pool)), *ours(job, scale)]
-    yield Race("rank loss and gradient, 53 convolutions", contestants, agree(LIMITS), full=scale.full, rates=rates)
+    title = "rank loss and gradient, 53 convolutions"
+    yield Race(title, contestants, agree(LIMITS), full=scale.full, rates=rates, began=began)
     pool.shutdown()
 
 
