@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert [op, *row.values()] in lines
     assert ["torch", torch.__version__] in lines
     assert (["kernels", "loaded"] in lines) == report["extension"]["loaded"]
+
+
+@pytest.mark.parametrize(("status", "told"), [(0, "13.0"), (3, None)])
+def test_version_of_the_driver(monkeypatch: pytest.MonkeyPatch, status: int, told: str | None) -> None:
+    def get_version(number: Any) -> int:
+        number._obj.value = 13000
+        return status
+
+    driver = types.SimpleNamespace(cuDriverGetVersion=get_version)
+    monkeypatch.setattr(_info.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    assert _info.collect()["versions"]["CUDA of the driver"] == told
+
+
+def test_without_a_driver_there_is_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(_info.ctypes, "CDLL", fail)
+    assert _info.collect()["versions"]["CUDA of the driver"] is None
 
 
 def test_version_and_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
