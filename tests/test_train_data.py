@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from rpg_fast.train import decode
+from rpg_fast.train.checkpoint import load_checkpoint
 from rpg_fast.train.cli import main
 from rpg_fast.train.config import TrainConfig, UserError
 from rpg_fast.train.data import Batches, Dataset, explain_lost_worker
 from rpg_fast.train.folder import MEAN, STD, default_workers, load_folder
+from rpg_fast.train.loop import Trainer
 from rpg_fast.train.throughput import Meter, Throughput
 
 CLASSES = ("cat", "dog", "newt")
@@ -278,6 +282,15 @@ def test_a_set_without_a_readable_image_is_fatal_even_so(own_tree: Path) -> None
         list(training(load(own_tree, bad_images="skip")))
 
 
+def test_a_decoder_travels_to_processes_that_are_not_forked(tree: Path) -> None:
+    decoder = decode.Decoder(load(tree).train.files, SIZE, skip_bad=False)
+    task = decode.Task([3, 9], seed=1)
+    here, there = decoder[task], pickle.loads(pickle.dumps(decoder))[task]
+    assert torch.equal(here.pixels, there.pixels)
+    assert here.pixels.shape == (2, SIZE, SIZE, 3)
+    assert here.labels.tolist() == there.labels.tolist() == [0, 1]
+
+
 def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "deep.png")
@@ -503,10 +516,40 @@ def test_train_and_evaluate_a_folder(
     assert run("train", "--data=folder:.", *options, "--no-dense-baseline", f"--out={out}", "--device=cpu") == 0
     printed = capsys.readouterr().out
     assert f"on folder:{tmp_path / 'set'} (48 training and 18 test images)" in printed
+    assert re.search(r"images/s \d+  waiting for data \d+\.\d%", printed)
     monkeypatch.chdir(tmp_path)
     assert run("evaluate", out, "--device=cpu") == 0
     accuracy = printed.split("sparse accuracy")[1].split()[0]
     assert f"accuracy   {accuracy}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
+    own_tree: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
+    options = ("--image-size=16", "--width=4", "--epochs=4", "--batch-size=4", "--update-every=3", "--sparsity=0.5")
+    train = ("train", f"--data=folder:{own_tree}", *options, "--no-dense-baseline", "--checkpoint-every=4")
+    assert run(*train, f"--out={tmp_path / 'whole'}", "--device=cpu", "--workers=0") == 0
+
+    step = Trainer.train_step
+
+    def stopping(trainer: Trainer, images: Tensor, labels: Tensor) -> object:
+        if trainer.step == 7:  # the second of the third epoch: three batches in each
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, images, labels)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    out = tmp_path / "stopped"
+    assert run(*train, f"--out={out}", "--device=cpu", f"--workers={workers}") == 0
+    monkeypatch.setattr(Trainer, "train_step", step)
+    stopped = load_checkpoint(out / "checkpoint.pt")
+    assert stopped["trainer"]["step"] == 8
+    assert run("train", f"--resume={out}") == 0
+    whole, resumed = (load_checkpoint(path / "checkpoint.pt") for path in (tmp_path / "whole", out))
+    assert whole["trainer"]["step"] == resumed["trainer"]["step"] == 12
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
 
 
 def test_a_bad_image_ends_training_in_one_line(

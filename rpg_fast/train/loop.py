@@ -31,7 +31,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class EpochMetrics:
     """One line of metrics.csv. Accuracies and sparsity are fractions, `lr` and `rank_loss` the last ones (NaN: none),
-    ranks means over the convolutions. `sparsity` is the masks', where weights just grown count although they are 0."""
+    ranks means over the convolutions. `sparsity` is the masks', where weights just grown count although they are 0,
+    `waiting` the share of the time in which rank 0 had nothing to do but wait for images."""
 
     run: str
     epoch: int
@@ -46,6 +47,7 @@ class EpochMetrics:
     effective_rank: float
     dead_filters: int
     images_per_second: float
+    waiting: float
 
 
 class Trainer:
@@ -140,6 +142,7 @@ class Trainer:
                         f"the {self.name} training diverged, its weights are not finite after epoch {self.epoch}: "
                         "a smaller --lr or a longer --warmup-epochs may help"
                     )
+        self.train_batches.close()
 
     def train_epoch(self, bar: tqdm, on_step: Callable[[], None] = lambda: None) -> EpochMetrics:
         """One pass over the training images, then one over the test images, from where the last one was left."""
@@ -183,6 +186,7 @@ class Trainer:
             effective_rank=statistics.effective_rank,
             dead_filters=statistics.dead_filters,
             images_per_second=speed,
+            waiting=self.train_batches.throughput().waiting_fraction,
         )
 
     def _settle(self, pruner: RankPruner) -> None:
@@ -360,4 +364,5 @@ def progress_fields(metrics: EpochMetrics) -> dict[str, str]:
         "sparsity": f"{metrics.sparsity:.2%}",
         "k/m": f"{metrics.mean_rank_ratio:.3f}",
         "images/s": f"{metrics.images_per_second:.0f}",
+        "waiting for data": f"{metrics.waiting:.1%}",
     }
