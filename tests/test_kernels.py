@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from aot import ROOT, CompiledKernel, KernelSpec, compile_kernels
 from kernel_cases import DEVICE, FP32_GRADE, SIZES, Storage, matrices, relative_error, symmetric, tiles
 
 from rpg_fast.kernels import grouped_product as gp
+from rpg_fast.kernels.launches import Launcher
 
 both_storages = pytest.mark.parametrize("storage", [Storage(False), Storage(True)], ids=["fp32", "pairs"])
 both_blocks = pytest.mark.parametrize("block", [64, 128])
@@ -259,6 +261,41 @@ def product_spec(
         signature |= dict.fromkeys(scales, "*fp32")
     kernel = "rpg_fast.kernels.grouped_product:_grouped_product_kernel"
     return KernelSpec(kernel, arch, signature | anywhere, constants, tuple(signature), num_warps=num_warps)
+
+
+class Launched:
+    """In the place of a kernel and of its binary: notes the launches, answers with `returned`."""
+
+    def __init__(self, returned: Launched | None) -> None:
+        self.returned = returned
+        self.launches: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Launched | None]:
+        def launch(*arguments: int, **options: int) -> Launched | None:
+            self.launches.append((grid, arguments, options))
+            return self.returned
+
+        return launch
+
+
+def test_launcher_searches_for_the_binary_once() -> None:
+    binary = Launched(None)
+    kernel = Launched(binary)
+    launcher = Launcher(kernel, (7, 2), num_warps=8)
+    for draw in range(3):
+        launcher(draw)
+    assert kernel.launches == [((7, 2, 1), (0,), {"num_warps": 8})]
+    assert binary.launches == [((7, 2, 1), (1,), {}), ((7, 2, 1), (2,), {})]
+
+
+def test_launcher_without_binaries_or_programs() -> None:
+    interpreted, idle = Launched(None), Launched(None)
+    launcher, nothing = Launcher(interpreted, (7,)), Launcher(idle, (0, 2))
+    for draw in range(2):
+        launcher(draw)
+        nothing(draw)
+    assert [arguments for _, arguments, _ in interpreted.launches] == [(0,), (1,)]
+    assert idle.launches == []
 
 
 PRODUCT_SPECS = [product_spec(arch, pairs=pairs) for arch in (80, 90, 100) for pairs in (False, True)]

@@ -129,7 +129,7 @@ def test_shift() -> None:
     G, held = stored(gram_matrices(SIZES), r.plan)
     G2, squares = stored([value @ value for value in held], r.plan)
     aims = torch.stack([torch.linspace(0.05, 0.4, len(SIZES)), torch.linspace(1.0, 3.0, len(SIZES))], 1).to(DEVICE)
-    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)()
     for b in r.active:
         tau, inverse = aims[b].double().tolist()
         eye = torch.eye(SIZES[b], dtype=torch.float64)
@@ -170,8 +170,8 @@ def compare_with_soft_step(sizes: Sequence[int], halves: Sequence[float]) -> Non
         for value, half in zip(held, halves, strict=True)
     ]
     aims, coefficients = aim(r, held, windows)
-    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
-    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)()
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)()
     counts = r.stages.tolist()
     assert len(set(counts)) >= 3, f"the same number of stages everywhere: {counts}"
     for b, (n, window) in enumerate(zip(counts, windows, strict=True)):
@@ -204,7 +204,7 @@ def test_inside() -> None:
     r = new_round()
     Ys = r.put(matrices(SIZES), [n % 2 for n in STAGES])
     idle, traces = bits_of(r, IDLE), r.sums()
-    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)()
     for b in r.active:
         C = (torch.eye(SIZES[b]) - Ys[b] @ Ys[b]) / 4
         got = exact(r.ring[2], r.plan)[b]
@@ -226,7 +226,7 @@ def test_sharpen(sizes: Sequence[int], stages: Sequence[int]) -> None:
     Ys = r.put(matrices(sizes), [n % 2 for n in stages])
     Cs = r.put([(torch.eye(len(Y)) - Y @ Y) / 4 for Y in Ys], [2] * len(sizes))
     idle, traces = bits_of(r, IDLE), r.sums()
-    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)()
     for b in r.active:
         sharp, P = Ys[b] + 2 * Cs[b] @ Ys[b], (torch.eye(sizes[b]) + Ys[b]) / 2
         assert relative_error(sharp, 2 * (3 * P @ P - 2 * P @ P @ P) - torch.eye(sizes[b])) < FP32_GRADE  # as McWeeny
@@ -251,7 +251,7 @@ def gaussians(sizes: Sequence[int], seed: int, draw: int = 0) -> list[Tensor]:
     r = new_round(sizes, [1] * len(sizes))
     r.put([torch.eye(m, dtype=torch.float64) for m in sizes], [2] * len(sizes))
     out = r.thin()
-    thin.sketch(torch.tensor(seed, device=DEVICE), draw, r.stages, r.plan, ring=r.ring, out=out)
+    thin.sketch(torch.tensor(seed, device=DEVICE), r.stages, r.plan, ring=r.ring, out=out)(draw)
     return [r.rows_of(out, b) for b in range(len(sizes))]
 
 
@@ -259,7 +259,7 @@ def test_sketch_is_a_product_with_gaussian_numbers() -> None:
     r = new_round()
     held = r.put(matrices(SIZES), [2] * len(SIZES))
     out = r.thin()
-    thin.sketch(torch.tensor(2**40 + 5, device=DEVICE), 3, r.stages, r.plan, ring=r.ring, out=out)
+    thin.sketch(torch.tensor(2**40 + 5, device=DEVICE), r.stages, r.plan, ring=r.ring, out=out)(3)
     omegas = gaussians(SIZES, 2**40 + 5, 3)
     for b in r.active:
         assert relative_error(r.rows_of(out, b), held[b] @ omegas[b]) < FP32_GRADE
@@ -288,7 +288,7 @@ def test_image() -> None:
     r = new_round()
     held = r.put(matrices(SIZES), [2] * len(SIZES))
     Q, out = random_thin(r.plan, 1), r.thin()
-    thin.image(Q, r.stages, r.plan, ring=r.ring, out=out)
+    thin.image(Q, r.stages, r.plan, ring=r.ring, out=out)()
     for b in r.active:
         assert relative_error(r.rows_of(out, b), held[b] @ r.rows_of(Q, b)) < FP32_GRADE
         assert not r.padding_of(out, b).any()
@@ -300,7 +300,7 @@ def test_images() -> None:
     G, held = stored(gram_matrices(SIZES), r.plan)
     Ys = r.put(matrices(SIZES), [1 - n % 2 for n in STAGES])  # sharpened
     Q, out = random_thin(r.plan, 1), r.thin(2)
-    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=out)
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=out)()
     for b in r.active:
         assert relative_error(r.rows_of(out[0], b), held[b] @ r.rows_of(Q, b)) < FP32_GRADE
         assert relative_error(r.rows_of(out[1], b), Ys[b] @ r.rows_of(Q, b)) < FP32_GRADE
@@ -372,15 +372,15 @@ def test_a_round_at_the_boundary_gives_the_spectral_projector() -> None:
     G2, traces, Z, GQ_YQ = torch.full_like(G, torch.nan), r.sums(), r.thin(), r.thin(2)
     steps.square_with_moments(G, r.plan, out=G2, moments=r.sums())
     aims, coefficients = aim(r, held, windows)
-    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
-    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
-    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
-    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
-    thin.sketch(torch.tensor(2, device=DEVICE), 0, r.stages, r.plan, ring=r.ring, out=Z)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)()
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)()
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)()
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)()
+    thin.sketch(torch.tensor(2, device=DEVICE), r.stages, r.plan, ring=r.ring, out=Z)(0)
     Q, _, _ = whitened(r, Z, filtered.NOISE, relative=True)
-    thin.image(Q, r.stages, r.plan, ring=r.ring, out=Z)
+    thin.image(Q, r.stages, r.plan, ring=r.ring, out=Z)()
     Q, found, seen = whitened(r, Z, filtered.JUNK**2, relative=False)
-    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=GQ_YQ)
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=GQ_YQ)()
 
     ends = torch.zeros(len(sizes), 2, device=DEVICE)
     for b, m in enumerate(sizes):
@@ -418,13 +418,13 @@ def one_round(grams: list[Tensor]) -> tuple[Round, list[Tensor]]:
     coefficients = torch.tensor([1.5, -0.6, 0.1], device=DEVICE).repeat(batch, 2, 1)
     ends = torch.tensor([0.9, 0.0], device=DEVICE).repeat(batch, 1)
     steps.square_with_moments(G, r.plan, out=G2, moments=moments)
-    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)
-    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)
-    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)
-    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)
-    thin.sketch(torch.tensor(1, device=DEVICE), 0, r.stages, r.plan, ring=r.ring, out=Z)
-    thin.image(Z, r.stages, r.plan, ring=r.ring, out=Q)
-    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=both)
+    steps.shift(G, G2, aims, r.stages, r.plan, ring=r.ring)()
+    steps.compose(coefficients, r.stages, r.plan, ring=r.ring)()
+    steps.inside(r.stages, r.plan, ring=r.ring, traces=traces)()
+    steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=traces)()
+    thin.sketch(torch.tensor(1, device=DEVICE), r.stages, r.plan, ring=r.ring, out=Z)(0)
+    thin.image(Z, r.stages, r.plan, ring=r.ring, out=Q)()
+    thin.images(G, Q, r.stages, r.plan, ring=r.ring, out=both)()
     thin.finish(Z, Q, ends, r.stages, offsets, r.plan, ring=r.ring, out=out)
     results = []
     for b, (start, p, m) in enumerate(zip(r.plan.starts, r.plan.padded, r.plan.sizes, strict=True)):
@@ -465,9 +465,9 @@ def test_no_matrices() -> None:
         (lambda r, G: steps.inside(r.stages, r.plan, ring=r.ring[:2], traces=r.sums()), "ring must be contiguous"),
         (lambda r, G: steps.sharpen(G[0], r.stages, r.plan, ring=r.ring, traces=r.sums()), "G must be contiguous"),
         (lambda r, G: steps.sharpen(G, r.stages, r.plan, ring=r.ring, traces=r.sums()[:, :2]), r"traces .*\(4, 3\)"),
-        (lambda r, G: thin.sketch(r.stages[0], 0, r.stages, r.plan, ring=r.ring, out=r.thin()), "seed .*int64"),
+        (lambda r, G: thin.sketch(r.stages[0], r.stages, r.plan, ring=r.ring, out=r.thin())(0), "seed .*int64"),
         (
-            lambda r, G: thin.sketch(r.stages[0].long(), 128, r.stages, r.plan, ring=r.ring, out=r.thin()),
+            lambda r, G: thin.sketch(r.stages[0].long(), r.stages, r.plan, ring=r.ring, out=r.thin())(128),
             r"draw must be in 0\.\.127, got 128",
         ),
         (lambda r, G: thin.image(r.thin()[:, :24], r.stages, r.plan, ring=r.ring, out=r.thin()), "columns, got 24"),

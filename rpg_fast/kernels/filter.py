@@ -15,18 +15,23 @@ part what is multiplied next: b A + c A^2, then C. After its last stage Y lies i
 only the device knows, and Y+ goes to ``ring[1 - stages[b] % 2]``. Sums leave a tile as they are, fp32 [T, 3] in the
 order of ``plan.tiles``: whoever adds them up does so in a fixed order, by ``plan.tile_starts``, and gets the same bits
 each time.
+
+The steps of a round are made once, which checks their arguments, and run once a round.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_fast.kernels.grouped_product import _multiply, launch_product
+from rpg_fast.kernels.grouped_product import _multiply, product_launcher, product_step
+from rpg_fast.kernels.launches import Launcher, Step
 from rpg_fast.kernels.tiles import (
     TilePlan,
     _load_tile,
@@ -61,7 +66,7 @@ def square_with_moments(G: Tensor, plan: TilePlan, *, out: Tensor, moments: Tens
         )
 
 
-def shift(G: Tensor, G2: Tensor, aims: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor) -> None:
+def shift(G: Tensor, G2: Tensor, aims: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor) -> Step:
     """ring[0] <- Y = (G - tau I) / u and ring[1] <- Y^2 = (G2 - 2 tau G + tau^2 I) / u^2 where ``stages > 0``.
 
     Args:
@@ -74,13 +79,11 @@ def shift(G: Tensor, G2: Tensor, aims: Tensor, stages: Tensor, plan: TilePlan, *
     check_storage("G2", G2, plan, torch.float16)
     check_tensor("aims", aims, (len(plan.sizes), 2), torch.float32, plan.tiles.device)
     check_round(ring, stages, plan)
-    if plan.numel:
-        _shift_kernel[(len(plan.tiles), 2)](
-            G, G2, aims, stages, plan.orders, plan.tiles, ring, plan.numel, BLOCK=plan.block
-        )
+    launcher = Launcher(_shift_kernel, (len(plan.tiles), 2))
+    return functools.partial(launcher, G, G2, aims, stages, plan.orders, plan.tiles, ring, plan.numel, plan.block)
 
 
-def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor) -> None:
+def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor) -> Step:
     """Composes the odd quintics of each matrix on Y in ring[0], A = Y^2 in ring[1]: 3 S - 1 launches.
 
     Stage s has Y in ``ring[s % 2]`` and A in ``ring[1 - s % 2]`` and makes ring[2] <- b A + c A A, then Y <- a Y +
@@ -97,19 +100,26 @@ def compose(coefficients: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tenso
     Y, A, B = ring.unbind()  # [2, numel] each
     factors = coefficients.flatten(1).unbind(1)  # 3 S views [B]
     block_k = min(BLOCK_K, plan.block)
-    inner = odd = square = None  # the binaries
+    inner, odd, square = (product_launcher(plan) for _ in range(3))
+    products: list[Step] = []
     for s in range(S):
         a, b, c = factors[3 * s : 3 * s + 3]
-        inner = launch_product(
-            A, A, plan, B, alpha=c, addend=A, beta=b, stages=stages, stage=s, block_k=block_k, binary=inner
+        products += (
+            product_step(inner, A, A, plan, B, alpha=c, addend=A, beta=b, stages=stages, stage=s, block_k=block_k),
+            product_step(odd, B, Y, plan, A, addend=Y, beta=a, stages=stages, stage=s, block_k=block_k),
         )
-        odd = launch_product(B, Y, plan, A, addend=Y, beta=a, stages=stages, stage=s, block_k=block_k, binary=odd)
         Y, A = A, Y
         if s + 1 < S:
-            square = launch_product(Y, Y, plan, A, stages=stages, stage=s + 1, block_k=block_k, binary=square)
+            products.append(product_step(square, Y, Y, plan, A, stages=stages, stage=s + 1, block_k=block_k))
+
+    def run() -> None:
+        for product in products:
+            product()
+
+    return run
 
 
-def inside(stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:
+def inside(stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> Step:
     """ring[2] <- C = (I - Y^2) / 4 with Y in ``ring[stages % 2]`` and, per tile, what it adds to ||C||_F^2, where
     ``stages > 0``.
 
@@ -120,14 +130,13 @@ def inside(stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> N
     """
     check_round(ring, stages, plan)
     _check_sums("traces", traces, plan)
-    if plan.numel:
-        _inside_kernel[(len(plan.tiles),)](
-            stages, plan.orders, plan.tiles, ring, traces, plan.numel,
-            BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block),
-        )  # fmt: skip
+    launcher = Launcher(_inside_kernel, (len(plan.tiles),))
+    return functools.partial(
+        launcher, stages, plan.orders, plan.tiles, ring, traces, plan.numel, plan.block, min(BLOCK_K, plan.block)
+    )
 
 
-def sharpen(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> None:
+def sharpen(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: Tensor) -> Step:
     """``ring[1 - stages % 2]`` <- Y+ = Y + 2 C Y with Y in ``ring[stages % 2]`` and C = (I - Y^2) / 4 in ring[2] and,
     per tile, what it adds to tr Y+ and <Y+, G>, where ``stages > 0``.
 
@@ -145,10 +154,10 @@ def sharpen(G: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, traces: 
     check_storage("G", G, plan, torch.float16)
     check_round(ring, stages, plan)
     _check_sums("traces", traces, plan)
-    if plan.numel:
-        _sharpen_kernel[(len(plan.tiles),)](
-            G, stages, plan.tiles, ring, traces, plan.numel, BLOCK=plan.block, BLOCK_K=min(BLOCK_K, plan.block)
-        )
+    launcher = Launcher(_sharpen_kernel, (len(plan.tiles),))
+    return functools.partial(
+        launcher, G, stages, plan.tiles, ring, traces, plan.numel, plan.block, min(BLOCK_K, plan.block)
+    )
 
 
 def check_round(ring: Tensor, stages: Tensor, plan: TilePlan) -> None:

@@ -17,13 +17,14 @@ The matrices lie in the layout of a `tiles.TilePlan`, as fp32 [numel], split whe
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rpg_fast.kernels.launches import Launcher, Step
 from rpg_fast.kernels.tiles import (
     LO_UNIT,
     TilePlan,
@@ -110,14 +111,21 @@ def grouped_product(
     check_per_matrix("stages", stages, plan, torch.int32)
     if alpha is not None and beta is not None and alpha.stride() != beta.stride():
         raise ValueError(f"alpha and beta must have one stride, got {alpha.stride()} and {beta.stride()}")
-    launch_product(
-        left, right, plan, out, alpha=alpha, addend=addend, beta=beta, scales=(left_scale, right_scale),
-        stages=stages, stage=stage, block_k=block_k, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    launcher = product_launcher(plan, num_warps=num_warps, num_stages=num_stages)
+    product_step(
+        launcher, left, right, plan, out, alpha=alpha, addend=addend, beta=beta, scales=(left_scale, right_scale),
+        stages=stages, stage=stage, block_k=block_k,
+    )()  # fmt: skip
     return out
 
 
-def launch_product(
+def product_launcher(plan: TilePlan, *, num_warps: int = 4, num_stages: int = 3) -> Launcher:
+    """For the products of one plan that leave out the same arguments."""
+    return Launcher(_grouped_product_kernel, (len(plan.tiles),), num_warps=num_warps, num_stages=num_stages)
+
+
+def product_step(
+    launcher: Launcher,
     left: Tensor,
     right: Tensor,
     plan: TilePlan,
@@ -130,27 +138,13 @@ def launch_product(
     stages: Tensor | None = None,
     stage: int = 0,
     block_k: int = 32,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    binary: Any = None,
-) -> Any:
-    """`grouped_product` without its checks, for a sequence of launches on buffers that were checked once.
-
-    Returns Triton's compiled kernel, None in the interpreter. Given back as ``binary`` for a launch that leaves out the
-    same arguments, it saves most of the time that Python spends on a launch: the search for it.
-    """
+) -> Step:
+    """`grouped_product` without its checks, to be run as often as wanted."""
     factor = beta if alpha is None else alpha
-    arguments = (
-        left, right, addend, out, *scales, alpha, beta, 1 if factor is None else factor.stride(0), stages, stage,
-        plan.tiles, plan.numel, left.dtype == torch.float16, plan.block, block_k,
+    return functools.partial(
+        launcher, left, right, addend, out, *scales, alpha, beta, 1 if factor is None else factor.stride(0), stages,
+        stage, plan.tiles, plan.numel, left.dtype == torch.float16, plan.block, block_k,
     )  # fmt: skip
-    grid = (len(plan.tiles), 1, 1)
-    if not plan.numel:
-        return None
-    if binary is not None:
-        binary[grid](*arguments)
-        return binary
-    return _grouped_product_kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 @triton.jit

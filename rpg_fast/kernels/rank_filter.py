@@ -88,7 +88,8 @@ def rank_filter(
     ops = torch.ops.rpg_fast
     target = tail_energy.to(device=device, dtype=torch.float64)
     roles = roles_of(tuple(tuple(w.shape) for w in weights), min_sparsity, tuple(by_eigen), device)
-    with torch.cuda.device_of(weights[0]):
+    # Below autograd's wrappers: the ops that follow write to buffers of this call alone, whose versions nobody counts.
+    with torch.cuda.device_of(weights[0]), torch._C._AutoDispatchBelowADInplaceOrView():
         grams = normalised_grams(weights)
         plan, G = grams.plan, grams.pairs
         ledger = torch.empty(len(weights), len(COLUMNS), dtype=torch.float64, device=device)
@@ -129,16 +130,23 @@ def _filter(
         ledger, stages, settled, aims, coefficients, sums, plan.tile_starts, plan.orders, grams.norms, grams.scales,
         target, windows, grid, table,
     )  # fmt: skip
+    shift = steps.shift(G, square, aims, stages, plan, ring=ring)
+    compose = steps.compose(coefficients, stages, plan, ring=ring)
+    inside = steps.inside(stages, plan, ring=ring, traces=sums)
+    sharpen = steps.sharpen(G, stages, plan, ring=ring, traces=sums)
+    sketch = thin.sketch(seed, stages, plan, ring=ring, out=Z)
+    image = thin.image(Q, stages, plan, ring=ring, out=Z)
+    images = thin.images(G, Q, stages, plan, ring=ring, out=GQ_YQ)
     for draw in range(rounds):
-        steps.shift(G, square, aims, stages, plan, ring=ring)
-        steps.compose(coefficients, stages, plan, ring=ring)
-        steps.inside(stages, plan, ring=ring, traces=sums)
-        steps.sharpen(G, stages, plan, ring=ring, traces=sums)
-        thin.sketch(seed, draw, stages, plan, ring=ring, out=Z)
+        shift()
+        compose()
+        inside()
+        sharpen()
+        sketch(draw)
         ops.filter_range_(Q, Z, plan.orders, plan.row_starts, stages, filtered.NOISE)
-        thin.image(Q, stages, plan, ring=ring, out=Z)
+        image()
         ops.filter_principal_(Q, ledger, Z, plan.orders, plan.row_starts, stages, filtered.JUNK**2)
-        thin.images(G, Q, stages, plan, ring=ring, out=GQ_YQ)
+        images()
         ops.filter_conclude_(
             ledger, stages, settled, aims, coefficients, Z, Q, GQ_YQ, sums, plan.tile_starts, plan.orders,
             plan.row_starts, target, grid, table,

@@ -7,11 +7,16 @@
 
 Square matrices as in `filter`. Thin ones [m, w] are fp32 [rows, w] of a `TilePlan`; what their padding rows hold is
 never read. The products are of fp32 grade: the thin factor is split into fp16 pairs when it is loaded.
+
+The products are made once, which checks their arguments, and run once a round.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -19,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_fast.kernels.filter import _identity, _part, check_round
+from rpg_fast.kernels.launches import Launcher, Step
 from rpg_fast.kernels.tiles import (
     LO_UNIT,
     TilePlan,
@@ -34,27 +40,32 @@ LANES = tl.constexpr(4)  # Gaussian numbers of one call of Philox
 DRAWS_PER_SEED = 128
 
 
-def sketch(seed: Tensor, draw: int, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> None:
-    """``out`` <- C Omega with C in ring[2], where ``stages > 0``.
+def sketch(seed: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> Callable[[int], None]:
+    """``out`` <- C Omega with C in ring[2], where ``stages > 0``, as a function of the draw, 0..127: which Omega of
+    this seed.
 
     An element of Omega is standard normal and depends on the seed, the draw and its matrix, row and column alone.
 
     Args:
         seed: int64 0-d on the device.
-        draw: 0..127, which Omega of this seed.
         stages: int32 [B].
         ring: fp16 [3, 2, numel].
         out: float32 [rows, w], w a power of two of at least 16; padding rows become zero.
     """
     check_tensor("seed", seed, (), torch.int64, plan.tiles.device)
-    if not 0 <= draw < DRAWS_PER_SEED:
-        raise ValueError(f"draw must be in 0..{DRAWS_PER_SEED - 1}, got {draw}")
     check_round(ring, stages, plan)
     _check_thin("out", out, plan, out.shape[-1])
-    _launch_thin(ring[2], None, None, out, seed, draw, stages, plan)
+    run = _thin_product(ring[2], None, None, out, seed, stages, plan)
+
+    def sketched(draw: int) -> None:
+        if not 0 <= draw < DRAWS_PER_SEED:
+            raise ValueError(f"draw must be in 0..{DRAWS_PER_SEED - 1}, got {draw}")
+        run(draw)
+
+    return sketched
 
 
-def image(Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> None:
+def image(Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> Step:
     """``out`` <- C Q with C in ring[2], where ``stages > 0``.
 
     Args:
@@ -66,10 +77,10 @@ def image(Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tenso
     check_round(ring, stages, plan)
     _check_thin("Q", Q, plan, Q.shape[-1])
     _check_thin("out", out, plan, Q.shape[-1])
-    _launch_thin(ring[2], None, Q, out, None, 0, stages, plan)
+    return functools.partial(_thin_product(ring[2], None, Q, out, None, stages, plan), 0)
 
 
-def images(G: Tensor, Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> None:
+def images(G: Tensor, Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor, out: Tensor) -> Step:
     """out[0] <- G Q and out[1] <- Y+ Q with Y+, the sharpened step, in ``ring[1 - stages % 2]``, where
     ``stages > 0``.
 
@@ -84,7 +95,7 @@ def images(G: Tensor, Q: Tensor, stages: Tensor, plan: TilePlan, *, ring: Tensor
     check_round(ring, stages, plan)
     _check_thin("Q", Q, plan, Q.shape[-1])
     check_tensor("out", out, (2, plan.rows, Q.shape[-1]), torch.float32, plan.tiles.device)
-    _launch_thin(G, ring, Q, out, None, 0, stages, plan)
+    return functools.partial(_thin_product(G, ring, Q, out, None, stages, plan), 0)
 
 
 def finish(
@@ -121,21 +132,21 @@ def _check_thin(name: str, tensor: Tensor, plan: TilePlan, width: int) -> None:
     check_tensor(name, tensor, (plan.rows, width), torch.float32, plan.tiles.device)
 
 
-def _launch_thin(
+def _thin_product(
     matrices: Tensor,
     ring: Tensor | None,
     Q: Tensor | None,
     out: Tensor,
     seed: Tensor | None,
-    draw: int,
     stages: Tensor,
     plan: TilePlan,
-) -> None:
-    if plan.numel:
-        _thin_kernel[(len(plan.row_blocks), 1 if ring is None else 2)](
-            matrices, ring, Q, out, seed, draw, stages, plan.orders, plan.row_blocks, plan.numel, plan.rows,
-            BLOCK=plan.block, W=out.shape[-1],
-        )  # fmt: skip
+) -> Callable[[int], None]:
+    """A function of the draw."""
+    launcher = Launcher(_thin_kernel, (len(plan.row_blocks), 1 if ring is None else 2))
+    return lambda draw: launcher(
+        matrices, ring, Q, out, seed, draw, stages, plan.orders, plan.row_blocks, plan.numel, plan.rows,
+        plan.block, out.shape[-1],
+    )  # fmt: skip
 
 
 @triton.jit
