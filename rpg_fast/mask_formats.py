@@ -41,7 +41,7 @@ def from_torch_prune(model: nn.Module) -> PackedMasks:
                 name = f"{module_name}.{tensor_name}" if module_name else tensor_name
                 mask = _as_bool(name, getattr(module, f"{tensor_name}_mask"))
                 other = masks.setdefault(id(getattr(module, f"{tensor_name}_orig")), mask)
-                if not torch.equal(mask, other):
+                if not torch.equal(mask, other):  # sync: an import
                     raise ValueError(f"{name} is shared and has another mask elsewhere: wanted one mask per tensor")
                 found.append((module, tensor_name, name))
     if not found:
@@ -137,5 +137,6 @@ def _as_bool(name: str, mask: object) -> Tensor:
         return mask
     if not bool(((mask == 0) | (mask == 1)).all()):
         strange = mask[(mask != 0) & (mask != 1)].flatten()
-        raise ValueError(f"mask of {name} must be 0 or 1 everywhere, got {strange[0].item()} ({len(strange)} such)")
+        got = strange[0].item()  # sync: for the message
+        raise ValueError(f"mask of {name} must be 0 or 1 everywhere, got {got} ({len(strange)} such)")
     return mask.bool()

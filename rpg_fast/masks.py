@@ -164,7 +164,7 @@ class PackedMasks:
         """
         row_major = tuple(tuple(range(len(shape))) for shape in self.layout.shapes)
         content = hashlib.sha256(json.dumps([self.names, self.layout.shapes]).encode())
-        bits = self._bits_in(row_major).cpu()
+        bits = self._bits_in(row_major).cpu()  # sync: as documented
         content.update(ctypes.string_at(bits.data_ptr(), bits.numel()))
         return content.hexdigest()
 

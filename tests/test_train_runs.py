@@ -148,7 +148,9 @@ def test_evaluate_repeats_the_last_accuracy(
     printed = capsys.readouterr().out
     row = table["dense" if file == "dense.pt" else "sparse"]
     assert f"accuracy   {float(row['test_accuracy']):.2%}" in printed
-    assert f"{float(row['mean_rank_ratio']):.3f}  " in next(line for line in printed.splitlines() if line.startswith("all "))
+    assert f"{float(row['mean_rank_ratio']):.3f}  " in next(
+        line for line in printed.splitlines() if line.startswith("all ")
+    )
     assert "tail energy 0.2" in printed
     assert all(name in printed for name in ("conv1.weight", "layer3.2.conv2.weight", "fc.weight"))
 

@@ -170,8 +170,8 @@ def word_of(value: Tensor) -> int:
     if value.device.type != "cpu":
         return 0
     if value.dtype == torch.float64:
-        return double_word(value.item())
-    word: int = struct.unpack("<q", struct.pack("<fi", value.item(), 0))[0]
+        return double_word(value.item())  # sync: none, it is on the host
+    word: int = struct.unpack("<q", struct.pack("<fi", value.item(), 0))[0]  # sync: none
     return word
 
 
