@@ -36,11 +36,11 @@ VARIANTS = {
 TIMES = ("images_per_second", "waiting")
 
 
-@pytest.fixture(autouse=True)
 # They fork, which may hang after other tests have started threads: `pytest -m "" tests/test_train_resume.py`, alone.
 pytestmark = pytest.mark.full
 
 
+@pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
 
