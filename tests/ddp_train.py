@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,8 +46,10 @@ def make_trainer(team: Team, *, group_norm: bool, config: TrainConfig = CONFIG) 
 
 def whole(team: Team, out: Path, *, group_norm: bool) -> None:
     """Trains to the end, and leaves the network, and the digests of masks and weights of all ranks."""
-    trainer = make_trainer(team, group_norm=group_norm)
+    config = CONFIG if group_norm else replace(CONFIG, rank_method="power")  # whose sketches are random
+    trainer = make_trainer(team, group_norm=group_norm, config=config)
     trainer.run(lambda metrics: None)
+    trainer.close()
     assert trainer.pruner is not None
     weights = [weight.detach().numpy().tobytes() for weight in trainer.model.parameters()]
     digests = team.gather(trainer.pruner.masks.digest())
@@ -67,6 +70,7 @@ def stopped(team: Team, out: Path) -> None:
     try:
         trainer.run(lambda metrics: None, on_step)
     except Stopped:
+        trainer.close()
         state = {"state_dict": trainer.evaluated.state_dict(), "trainer": trainer.state_dict()}
         if team.leads:
             torch.save(state, out)
@@ -84,6 +88,7 @@ def astray(team: Team, out: Path) -> None:
     try:
         trainer.run(lambda metrics: None, on_step)
     except UserError as error:
+        trainer.close()
         out.with_suffix(f".{team.rank}").write_text(f"{trainer.step} {error}")
 
 

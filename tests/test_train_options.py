@@ -133,6 +133,31 @@ def test_training_begins_with_given_weights(tmp_path: Path, capsys: pytest.Captu
         assert not (tmp_path / "other").exists()
 
 
+# --------------------------------------------------------------------------------------------------------- keep dense
+
+
+def test_layers_that_are_kept_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", *TINY, "--keep-dense=conv1, fc", f"--out={folder}"]) == 0
+    saved = load_checkpoint(folder / "checkpoint.pt")
+    names = saved["trainer"]["pruner"]["masks"]["names"]
+    assert "layer1.0.conv1.weight" in names
+    assert not {"conv1.weight", "fc.weight"} & set(names)
+    assert (saved["state_dict"]["fc.weight"] != 0).all()
+    weights = {name: tensor for name, tensor in saved["state_dict"].items() if tensor.dim() > 1}
+    pruned = sum(int((weights[name] == 0).sum()) for name in names)
+    assert pruned >= round(0.9 * sum(weights[name].numel() for name in names))
+    size = sum(tensor.numel() for tensor in weights.values())
+    assert saved["metrics"][-1]["sparsity"] == pytest.approx(pruned / size, abs=1e-3)
+    capsys.readouterr()
+    assert main(["evaluate", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["train", *TINY, "--keep-dense=conv1,layer9", f"--out={tmp_path / 'other'}"]) == 2
+    told = capsys.readouterr().err
+    assert "--keep-dense layer9: there is no such layer; known are conv1, layer1.0.conv1, " in told
+    assert not (tmp_path / "other").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- TensorBoard
 
 

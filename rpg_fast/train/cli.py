@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rpg-fast {arguments.name}: error: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"rpg-fast {arguments.name}: interrupted; `rpg-fast train --resume DIR` goes on with a run", file=sys.stderr
-        )
+        if prints_errors():
+            again = "`rpg-fast train --resume DIR` goes on with a run"
+            print(f"rpg-fast {arguments.name}: interrupted; {again}", file=sys.stderr)
         return 130
 
 
@@ -198,6 +198,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "sparsity")
     group.add("--sparsity", "fraction of zeros in all convolutions and linear layers at the end", type=float)
+    group.add("--keep-dense", "layers that are not pruned, by name with commas between, as conv1,fc", metavar="NAMES")
     group.add("--distribution", "how it is shared among the layers", choices=DISTRIBUTIONS)
     group.add(
         "--criterion",

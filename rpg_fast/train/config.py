@@ -64,6 +64,7 @@ class TrainConfig:
     ema_decay: float | None = None
     # sparsity
     sparsity: float = 0.98
+    keep_dense: str | None = None
     distribution: str = "global_magnitude"
     criterion: str = "rigl"
     schedule: str = "exponential"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from .config import UserError
+from .config import Stopped, UserError
 
 T = TypeVar("T")
 
@@ -171,10 +172,17 @@ def join() -> Iterator[Team]:
         dist.init_process_group(store=PrefixStore("group", store), rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
+    together = False
     try:
         yield Team(rank, world, local_rank, store)
+        together = True
+    except Stopped:
+        together = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if together:  # else the others may wait for this process, which only its end tells them
+            gc.collect()  # so that nothing holds the group, whose threads end with it: they must not outlive Python
+            dist.destroy_process_group()
 
 
 def prints_errors() -> bool:

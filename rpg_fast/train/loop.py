@@ -144,6 +144,10 @@ class Trainer:
                     )
         self.train_batches.close()
 
+    def close(self) -> None:
+        """Ends training: gives up what belongs to the team. The model, and what was learned, stay."""
+        self.network = self.model
+
     def train_epoch(self, bar: tqdm, on_step: Callable[[], None] = lambda: None) -> EpochMetrics:
         """One pass over the training images, then one over the test images, from where the last one was left."""
         self.model.train()
@@ -180,7 +184,7 @@ class Trainer:
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             test_accuracy=accuracy(self.evaluated, self.test_batches, self.config, self.team),
-            sparsity=0.0 if self.pruner is None else 1 - int(self.pruner.masks.count().sum()) / statistics.size,
+            sparsity=0.0 if self.pruner is None else pruned_count(self.pruner) / statistics.size,
             rank_loss=math.nan if rank_loss is None else float(rank_loss),
             mean_rank_ratio=statistics.mean_rank_ratio,
             effective_rank=statistics.effective_rank,
@@ -319,6 +323,11 @@ def place(model: nn.Module, device: torch.device, config: TrainConfig) -> nn.Mod
 
 def memory_format(config: TrainConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def pruned_count(pruner: RankPruner) -> int:
+    """How many weights the masks exclude. Waits for the device."""
+    return sum(pruner.masks.layout.numels) - int(pruner.masks.count().sum())
 
 
 def training_batches(dataset: Dataset, config: TrainConfig, order: torch.Generator, team: Team = ALONE) -> Batches:

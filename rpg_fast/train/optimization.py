@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rpg_fast
 
-from .config import TrainConfig
+from .config import TrainConfig, UserError
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -38,16 +38,35 @@ def update_interval(total_steps: int, config: TrainConfig) -> int:
     return config.update_every or usual
 
 
+def pruned_weights(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """The weights of convolutions and linear layers by name, but those of the layers that are kept dense.
+
+    Raises:
+        UserError: the model has no such layer, or no other.
+    """
+    weights = rpg_fast.prunable_weights(model)
+    kept = [name.strip() for name in (config.keep_dense or "").split(",") if name.strip()]
+    for name in kept:
+        if f"{name}.weight" not in weights:
+            known = ", ".join(weight.removesuffix(".weight") for weight in weights)
+            raise UserError(f"--keep-dense {name}: there is no such layer; known are {known}")
+    pruned = {name: w for name, w in weights.items() if name.removesuffix(".weight") not in kept}
+    if not pruned:
+        raise UserError("--keep-dense leaves no layer to prune")
+    return pruned
+
+
 def make_pruner(
     model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, config: TrainConfig
 ) -> rpg_fast.RankPruner:
-    """The pruner, its randomness drawn from the seed."""
+    """The pruner of one training, its randomness drawn from the seed."""
     device = next(model.parameters()).device
     return rpg_fast.RankPruner(
         model,
         optimizer,
         sparsity=config.sparsity,
         total_steps=total_steps,
+        weights=pruned_weights(model, config),
         distribution=config.distribution,
         criterion=config.criterion,
         schedule=config.schedule,

@@ -22,7 +22,7 @@ from .distributed import ALONE, LostProcess, Team, join
 from .events import EventWriter, summary_writer
 from .formats import read_network
 from .layers import NetworkStatistics, network_statistics
-from .loop import EpochMetrics, Trainer, place
+from .loop import EpochMetrics, Trainer, place, pruned_count
 from .models import build_model
 from .report import draw_report
 
@@ -92,18 +92,22 @@ class Run:
         config, begin = self.config, self.initial
         if self.team.leads:
             print(self.describe(folder), flush=True)
-        with on_sigterm() as stop, self._losses_told(folder):
-            if config.dense_baseline:
-                self._fit(self.dense, folder, "dense.pt", stop)
-                if config.starts_dense:
-                    begin = self.dense.evaluated
-                    self.sparse = self._trainer("sparse", begin)
-            self._fit(self.sparse, folder, "checkpoint.pt", stop)
+        try:
+            with on_sigterm() as stop, self._losses_told(folder):
+                if config.dense_baseline:
+                    self._fit(self.dense, folder, "dense.pt", stop)
+                    if config.starts_dense:
+                        begin = self.dense.evaluated
+                        self.sparse = self._trainer("sparse", begin)
+                self._fit(self.sparse, folder, "checkpoint.pt", stop)
+        finally:
+            for trainer in (self.dense, self.sparse):
+                trainer.close()
 
         before = network_statistics(begin, config.tail_energy)
         after = network_statistics(self.sparse.evaluated, config.tail_energy)
         assert self.sparse.pruner is not None
-        pruned = after.size - int(self.sparse.pruner.masks.count().sum())
+        pruned = pruned_count(self.sparse.pruner)
         rows = {name: tuple(found) for name, found in self.rows.items()}
         if self.team.leads:
             picture = folder.path / "report.png"
