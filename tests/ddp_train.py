@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rpg_fast.train.cli import main
 from rpg_fast.train.config import Stopped, TrainConfig, UserError
 from rpg_fast.train.data import load_digits
-from rpg_fast.train.distributed import Team, join
+from rpg_fast.train.distributed import Team, end_process, join
 from rpg_fast.train.loop import Trainer
 
 CONFIG = TrainConfig(
@@ -49,7 +49,6 @@ def whole(team: Team, out: Path, *, group_norm: bool) -> None:
     config = CONFIG if group_norm else replace(CONFIG, rank_method="power")  # whose sketches are random
     trainer = make_trainer(team, group_norm=group_norm, config=config)
     trainer.run(lambda metrics: None)
-    trainer.close()
     assert trainer.pruner is not None
     weights = [weight.detach().numpy().tobytes() for weight in trainer.model.parameters()]
     digests = team.gather(trainer.pruner.masks.digest())
@@ -70,7 +69,6 @@ def stopped(team: Team, out: Path) -> None:
     try:
         trainer.run(lambda metrics: None, on_step)
     except Stopped:
-        trainer.close()
         state = {"state_dict": trainer.evaluated.state_dict(), "trainer": trainer.state_dict()}
         if team.leads:
             torch.save(state, out)
@@ -88,7 +86,6 @@ def astray(team: Team, out: Path) -> None:
     try:
         trainer.run(lambda metrics: None, on_step)
     except UserError as error:
-        trainer.close()
         out.with_suffix(f".{team.rank}").write_text(f"{trainer.step} {error}")
 
 
@@ -117,3 +114,4 @@ if __name__ == "__main__":
             astray(team, out)
         else:
             whole(team, out, group_norm=task == "group")
+    end_process(0)

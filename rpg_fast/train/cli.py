@@ -16,7 +16,7 @@ from rpg_fast.schedules import SCHEDULES
 
 from .config import DEFAULT_LR, LocalError, Stopped, TrainConfig, UserError
 from .data import DATASETS, FOLDER, explain_lost_worker
-from .distributed import LostProcess, prints_errors
+from .distributed import LostProcess, end_process, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
 from .models import ARCHITECTURES
@@ -33,7 +33,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one of them. Returns 0, or 2 with one line on stderr where the input is no good."""
+    """Runs one of them. Returns 0, or 2 with one line on stderr where the input is no good (1: a process was lost)."""
+    return end_process(_main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)

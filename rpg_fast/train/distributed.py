@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -161,7 +161,7 @@ def join() -> Iterator[Team]:
     Raises:
         UserError: the other processes cannot be reached.
     """
-    if not all(name in os.environ for name in PROTOCOL):
+    if not launched():
         yield Team()
         return
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -181,13 +181,27 @@ def join() -> Iterator[Team]:
         raise
     finally:
         if together:  # else the others may wait for this process, which only its end tells them
-            gc.collect()  # so that nothing holds the group, whose threads end with it: they must not outlive Python
             dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return all(name in os.environ for name in PROTOCOL)
 
 
 def prints_errors() -> bool:
     """Whether this process tells what all of them find out alike."""
-    return os.environ.get("RANK", "0") == "0" or not all(name in os.environ for name in PROTOCOL)
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def end_process(status: int) -> int:
+    """Returns `status`, but ends a process that torchrun has started at once: DistributedDataParallel keeps the threads
+    of gloo and NCCL beyond the process group, and Python's shutdown, which they may meet, then aborts or hangs."""
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def fingerprints(tensors: Any) -> Tensor:

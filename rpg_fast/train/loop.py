@@ -144,10 +144,6 @@ class Trainer:
                     )
         self.train_batches.close()
 
-    def close(self) -> None:
-        """Ends training: gives up what belongs to the team. The model, and what was learned, stay."""
-        self.network = self.model
-
     def train_epoch(self, bar: tqdm, on_step: Callable[[], None] = lambda: None) -> EpochMetrics:
         """One pass over the training images, then one over the test images, from where the last one was left."""
         self.model.train()

@@ -92,17 +92,13 @@ class Run:
         config, begin = self.config, self.initial
         if self.team.leads:
             print(self.describe(folder), flush=True)
-        try:
-            with on_sigterm() as stop, self._losses_told(folder):
-                if config.dense_baseline:
-                    self._fit(self.dense, folder, "dense.pt", stop)
-                    if config.starts_dense:
-                        begin = self.dense.evaluated
-                        self.sparse = self._trainer("sparse", begin)
-                self._fit(self.sparse, folder, "checkpoint.pt", stop)
-        finally:
-            for trainer in (self.dense, self.sparse):
-                trainer.close()
+        with on_sigterm() as stop, self._losses_told(folder):
+            if config.dense_baseline:
+                self._fit(self.dense, folder, "dense.pt", stop)
+                if config.starts_dense:
+                    begin = self.dense.evaluated
+                    self.sparse = self._trainer("sparse", begin)
+            self._fit(self.sparse, folder, "checkpoint.pt", stop)
 
         before = network_statistics(begin, config.tail_energy)
         after = network_statistics(self.sparse.evaluated, config.tail_energy)
