@@ -356,7 +356,7 @@ def drop_and_grow(
     bits: Tensor,
     drop_scores: Sequence[Tensor],
     grow_scores: Sequence[Tensor],
-    drop_fraction: float,
+    drop_fraction: float | Tensor,
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:

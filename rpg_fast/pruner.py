@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from rpg_fast import grouping
 from rpg_fast.criteria import Criterion, Momentum, check_scores, make_criterion
-from rpg_fast.distributions import plan_counts
-from rpg_fast.masks import PackedMasks, drop_and_grow, mask_gradients_
+from rpg_fast.masks import PackedMasks, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
-from rpg_fast.rank_loss import LEFT_OUT, RankState, add_rank_grad_, check_options
-from rpg_fast.schedules import ConstantSparsity, CosineDrop, Schedule, make_schedule
+from rpg_fast.rank_loss import LEFT_OUT, RankState, add_published_rank_grad_, add_rank_grad_, check_options
+from rpg_fast.schedules import ConstantSparsity, Schedule, make_schedule
 from rpg_fast.stats import PruneStats
+from rpg_fast.topology import GradientMean, make_topology
 
 MIXING_OPTIMIZERS = ("LBFGS", "Muon")
 
@@ -70,17 +70,28 @@ class RankPruner:
             a cosine.
         rank_weight: factor of the rank loss, a float or a 0-d tensor; 0 turns it off.
         tail_energy, rank_method, min_sparsity: see `rank_loss`.
-        rank_every: "update": the rank gradient takes part in topology steps only, as published, so it only steers
-            growth; an integer N: in every N-th step.
+        rank_every: "update": the rank gradient takes part in topology steps only (with `grow_steps` in those that
+            lead there too), as published, so it only steers growth; an integer N: in every N-th step.
         rank_layers: ``{name: Parameter}`` that get the rank loss, default: the model's convolutions.
-        semantics: "corrected": the rules above. The published code misses its target on short runs, keeps one weight
-            too many per threshold, re-enables every weight when zeros tie, and loses its schedule on resume.
+        grow_steps: the last steps up to an update whose mean gradient says what grows.
+        semantics: "corrected": the rules above. "official": the decisions of the published program, kept as they are
+            (docs/fidelity.md): it misses its target on short runs, keeps one weight too many per threshold and
+            re-enables every weight when zeros tie; for the options that it combines, which are the defaults. A resumed
+            run goes on as an uninterrupted one, a gradient that is not finite changes nothing, and `finalize` leaves
+            the masks as they are.
         process_group: with torch.distributed initialised, rank 0's masks are broadcast in this group (default: all
             ranks) after every update. Gradients must have been reduced.
         generator: source of randomness for "set", and for a callable.
 
     The pruner holds the parameters themselves: build it after the model is on its device, and again if parameters are
     replaced.
+
+    On a GPU, `step` can be captured in CUDA graphs, one of an ordinary step and one of a topology update, each after a
+    warm-up; what changes from update to update lies on the device. Choose by `updates_next`, and count what a graph has
+    done with `advance`::
+
+        (updating if pruner.updates_next else training).replay()
+        pruner.advance()
 
     Attributes:
         masks: the `PackedMasks`. last_rank_loss: 0-d tensor of the last computed rank loss, or None.
@@ -112,12 +123,11 @@ class RankPruner:
         rank_layers: Mapping[str, nn.Parameter] | None = None,
         rank_method: str = "auto",
         min_sparsity: float = 0.0,
+        grow_steps: int = 1,
         semantics: str = "corrected",
         process_group: dist.ProcessGroup | None = None,
         generator: torch.Generator | None = None,
     ):
-        if semantics != "corrected":
-            raise ValueError(f'semantics must be "corrected", got {semantics!r}')
         if rank_every != "update" and not (isinstance(rank_every, int) and rank_every >= 1):
             raise ValueError(f'rank_every must be "update" or a positive integer, got {rank_every!r}')
         self.optimizer = optimizer
@@ -131,8 +141,6 @@ class RankPruner:
         self.schedule = make_schedule(schedule, sparsity, total_steps, update_every, prune_until, update_until)
         if criterion == "static" and not isinstance(self.schedule, ConstantSparsity):
             raise ValueError('criterion="static" makes masks once: take schedule="constant" (or "gmp": gradually)')
-        self.drop = CosineDrop(drop_fraction, max(self.schedule.last_update, self.schedule.until or 1))
-        self.distribution = distribution if isinstance(distribution, str) else dict(distribution)
         self.rank_weight, self.tail_energy = rank_weight, tail_energy
         self.rank_every, self.rank_method, self.min_sparsity = rank_every, rank_method, min_sparsity
         convolutions = grouping.prunable_weights(model, include=grouping.CONVOLUTIONS)
@@ -143,14 +151,24 @@ class RankPruner:
         self.last_rank_loss: Tensor | None = None
         self.rank_state = RankState()
         self.masks = PackedMasks(self.weights)
-        self._kept_counts = self._plan_counts()  # int64 [updates + 1, B or 1] on the device
+        self._topology = make_topology(
+            semantics, self.weights, self.masks.layout, self.schedule, drop_fraction=drop_fraction,
+            distribution=distribution, criterion=criterion, rank_every=rank_every, grow_steps=grow_steps,
+        )  # fmt: skip
+        self.drop = self._topology.drop
+        self._published = semantics == "official"
+        self._mean = GradientMean(grow_steps)
+        # What "power" draws is a function of how often it was called: the same in every process, which all add the
+        # gradient for themselves, and after a resume.
+        ranked = next(iter(self.rank_layers.values()), self.masks.bits)
+        self._rank_calls = torch.zeros((), dtype=torch.int64, device=ranked.device)
         self._before, self._kept = self.masks.bits.clone(), self.masks.bits.clone()  # around the last update: for stats
         self._ever_active = PackedMasks(self.weights)
         self._ever_active.bits.zero_()
         if isinstance(optimizer, (MaskedSGD, MaskedAdamW)):
             optimizer.set_masks(self.masks)
-        if self.schedule(0) > 0:
-            bits = self._prune(0)
+        bits = self._topology.start(self._values(), self.masks.bits)
+        if bits is not None:
             self._adopt(bits, bits)
 
     def _check_rank_options(self) -> None:
@@ -176,21 +194,11 @@ class RankPruner:
         if missing:
             raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
 
-    def _plan_counts(self) -> Tensor:
-        """The ones after each pruning update, planned once so that no update copies from the host."""
-        schedule = self.schedule
-        sparsities = [schedule(schedule.begin + n * schedule.every) for n in range(schedule.updates + 1)]
-        rows = plan_counts(self.weights, self.distribution, sparsities)
-        return torch.tensor(rows, dtype=torch.int64, device=self.masks.bits.device)
-
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0
 
-    def _rank_generator(self) -> torch.Generator:
-        """What a randomised `rank_method` draws is a function of the step: the same in every process and after a
-        resume, which all add the gradient for themselves."""
-        device = next(iter(self.rank_layers.values())).device
-        return torch.Generator(device).manual_seed(self.step_count)
+    def _values(self) -> list[Tensor]:
+        return [w.detach() for w in self.weights.values()]
 
     # ------------------------------------------------------------------------------------------------------------
     # the step
@@ -205,32 +213,38 @@ class RankPruner:
         Raises:
             TypeError, ValueError: a sparse gradient, or unusable scores of a callable criterion.
         """
-        self.step_count += 1
-        update = self.schedule.is_update_step(self.step_count)
-        due = update if self.rank_every == "update" else self.step_count % int(self.rank_every) == 0
-        if due and self._uses_rank_loss():
-            self.last_rank_loss = add_rank_grad_(
-                self.rank_layers,
-                self.rank_weight,
-                self.tail_energy,
-                method=self.rank_method,  # type: ignore[arg-type]
-                state=self.rank_state,
-                min_sparsity=self.min_sparsity,
-                generator=self._rank_generator(),
-            )
-        update = update and self.criterion != "static"
-        momentum = self._momentum if self.step_count <= self.schedule.last_update else None
-        if update or momentum is not None:
+        step = self.step_count = self.step_count + 1
+        ahead = self._topology.steps_to_update(step)
+        window = ahead is not None and ahead < self._mean.steps
+        if (window if self.rank_every == "update" else step % int(self.rank_every) == 0) and self._uses_rank_loss():
+            self._add_rank_gradient()
+        moves = self.criterion != "static"
+        update = moves and self._topology.is_update_step(step)
+        momentum = self._momentum if step <= self.schedule.last_update else None
+        if update or momentum is not None or (moves and window and self._mean.steps > 1):
             grads = self._gradients()
+            means = self._mean.observe(grads, opening=ahead == self._mean.steps - 1) if window else grads
             finite = self._all_finite(grads)
             if momentum is not None:
                 momentum.observe(grads, finite)
             if update:
-                self._update_topology(grads, finite)
-                return False
+                self._update_topology(means, finite if means is grads else self._all_finite(means))
+                if not self._topology.trains_on_updates:
+                    return False
         if not isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)):
             mask_gradients_(self.weights.values(), self.masks)
         return True
+
+    def _add_rank_gradient(self) -> None:
+        self._rank_calls += 1
+        options: dict[str, Any] = {
+            "method": self.rank_method,
+            "state": self.rank_state,
+            "min_sparsity": self.min_sparsity,
+            "generator": self._rank_calls,
+        }
+        add = add_published_rank_grad_ if self._published else add_rank_grad_
+        self.last_rank_loss = add(self.rank_layers, self.rank_weight, self.tail_energy, **options)
 
     def _gradients(self) -> list[Tensor]:
         """The dense gradients, those that are None as zeros."""
@@ -247,57 +261,40 @@ class RankPruner:
         torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
         return found == 0
 
-    def _prune(self, step: int) -> Tensor:
-        """The bits that stay when the active weights are cut to the schedule's count by magnitude."""
-        planned = max(0, step - self.schedule.begin) // self.schedule.every
-        return self.masks.layout.select(
-            [w.detach() for w in self.weights.values()],
-            self._kept_counts[min(planned, self.schedule.updates)],
-            eligible=self.masks.bits,
-            absolute=True,
-            per_tensor=self.distribution != "global_magnitude",
-        )
-
     def _update_topology(self, grads: list[Tensor], finite: Tensor) -> None:
-        before = self.masks.bits
-        kept = after = self._prune(self.step_count)
-        fraction = self.drop(self.step_count)
-        weights = [w.detach() for w in self.weights.values()]
-        scores = None
-        if fraction > 0:
+        before, weights, scores = self.masks.bits, self._values(), None
+        if self.drop(self.step_count) > 0:
             scores = self._grow(self.masks.names, weights, grads, self.generator, self.optimizer)
         if scores is not None:
             check_scores(scores, self.weights)
-            kept, grown = drop_and_grow(self.masks.layout, after, weights, scores, fraction, absolute=True)
-            after = kept | grown
+        after, kept = self._topology.update(weights, before, scores, finite)
         self._before.copy_(before)
         self._ever_active.bits |= before
         after, before, kept = (bits.view(torch.int64) for bits in (after, before, kept))  # eight bytes at a time
         self._adopt(torch.where(finite, after, before), torch.where(finite, kept, -1))
 
-    def _adopt(self, bits: Tensor, kept: Tensor) -> None:
-        """Everyone takes over rank 0's `bits` as masks, and zeroes weights and state outside rank 0's `kept`."""
-        both = torch.stack([bits, kept]).view(torch.uint8)  # [2, nbytes]
+    def _adopt(self, masks: Tensor, kept: Tensor) -> None:
+        """Everyone takes over rank 0's bits as masks, and zeroes weights and state outside those of `kept`."""
+        both = torch.stack([masks, kept]).view(torch.uint8)  # [2, nbytes]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(both, group=self.process_group, group_src=0)
         self.masks.bits.copy_(both[0])
         self._kept.copy_(both[1])
-        self._zero_outside(self._kept)
+        self._zero_outside(both)
 
-    def _zero_outside(self, bits: Tensor) -> None:
-        """Zeroes the weights, and whatever state the optimizer keeps in their shape, where a bit is zero."""
+    def _zero_outside(self, both: Tensor) -> None:
+        """Zeroes the weights outside the bits ``both[1]``, and whatever the optimizer keeps in their shape too; the
+        published program keeps its momentum of all that is active, ``both[0]``. both [2, nbytes]."""
         layout = self.masks.layout
         tensors, offsets = [], []
         for weight, order, offset in zip(self.weights.values(), layout.orders, layout.offsets, strict=True):
-            state = [
-                value
-                for value in self.optimizer.state.get(weight, {}).values()
-                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
-            ]
-            for tensor in (weight.detach(), *state):
-                tensors.append(grouping.as_it_lies(tensor, order))
-                offsets.append(offset)
-        torch.ops.rpg_fast.mask_(tensors, bits, offsets, None)
+            tensors.append(grouping.as_it_lies(weight.detach(), order))
+            offsets.append(layout.nbytes + offset)
+            for value in self.optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    tensors.append(grouping.as_it_lies(value, order))
+                    offsets.append(offset if self._published else layout.nbytes + offset)
+        torch.ops.rpg_fast.mask_(tensors, both.flatten(), offsets, None)
 
     # ---------------------------------------------------------------------------------------------------------
     # beside the step
@@ -305,7 +302,16 @@ class RankPruner:
     @torch.no_grad()
     def apply_masks_(self) -> None:
         """Zeroes weights and optimizer state outside the masks, e.g. after loading weights or editing masks."""
-        self._zero_outside(self.masks.bits)
+        self._zero_outside(torch.stack([self.masks.bits, self.masks.bits]))
+
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next `step` changes the topology."""
+        return self.criterion != "static" and self._topology.is_update_step(self.step_count + 1)
+
+    def advance(self) -> None:
+        """Counts a step that the replay of a captured `step` has made."""
+        self.step_count += 1
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -343,7 +349,7 @@ class RankPruner:
         """Ends the pruning: if training stopped before the schedule did, or the last update found a gradient that was
         not finite, prunes to the final sparsity now (by magnitude, nothing grows); zeroes everything outside the
         masks, and settles the rank loss. Returns the exact overall sparsity; reading it waits for the device."""
-        bits = self._prune(self.schedule.begin + self.schedule.updates * self.schedule.every)
+        bits = self._topology.finish(self._values(), self.masks.bits)
         self._adopt(bits, bits)
         self.settle()
         active = int(self.masks.count().sum())
@@ -358,7 +364,10 @@ class RankPruner:
             "step_count": self.step_count,
             "masks": self.masks.state_dict(),
             "ever_active": self._ever_active.state_dict(),
+            "topology": self._topology.state_dict(),
+            "gradients": self._mean.state_dict(),
             "momentum": None if self._momentum is None else self._momentum.state_dict(),
+            "rank_calls": self._rank_calls.clone(),
             "rank_state": self.rank_state.state_dict(),
             "last_rank_loss": self.last_rank_loss,
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -371,8 +380,8 @@ class RankPruner:
             ValueError: the state of other weights, of another target sparsity, or something else.
         """
         wanted = {
-            *("sparsity", "step_count", "masks", "ever_active", "momentum"),
-            *("rank_state", "last_rank_loss", "generator"),
+            *("sparsity", "step_count", "masks", "ever_active", "topology", "gradients", "momentum"),
+            *("rank_calls", "rank_state", "last_rank_loss", "generator"),
         }
         if set(state) != wanted:
             raise ValueError(f"not the state of a RankPruner: got keys {sorted(state)}, wanted {sorted(wanted)}")
@@ -385,8 +394,11 @@ class RankPruner:
                 )
         self.masks.load_state_dict(state["masks"])
         self._ever_active.load_state_dict(state["ever_active"])
+        self._topology.load_state_dict(state["topology"])
+        self._mean.load_state_dict(state["gradients"], self.masks.bits.device)
         if self._momentum is not None:
             self._momentum.load_state_dict(state["momentum"])
+        self._rank_calls.copy_(state["rank_calls"])
         self.rank_state.load_state_dict(state["rank_state"])
         self.step_count = state["step_count"]
         self.last_rank_loss = state["last_rank_loss"]

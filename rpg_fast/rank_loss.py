@@ -14,7 +14,9 @@ from rpg_fast.grouping import Weights, memory_order, rank_weights, short_side
 
 Method = Literal["auto", "exact", "power"]
 NOT_FINITE, LEFT_OUT = 1, 2  # bits of RankState.flags
+NO_TAIL = 1e-12  # what a spectrum in float64 leaves of a tail that is zero
 Precision = Literal["fp32", "fast"]
+Randomness = torch.Generator | Tensor | None
 
 
 class RankState:
@@ -104,7 +106,7 @@ def rank_loss(
     state: RankState | None = None,
     refresh_every: int = 1,
     min_sparsity: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """The adversarial rank loss of RPG (Zhang et al., NeurIPS 2023): minimising it raises the rank of the weights.
 
@@ -130,7 +132,8 @@ def rank_loss(
             gradient then uses the current weights with the last projectors, the value is the last one. Another option,
             dtype, device or memory format recomputes them at once; another value in a tensor `tail_energy` does not.
         min_sparsity: weights with a smaller fraction of zeros take no part (0: all do).
-        generator: source of the sketches of "power", on the weights' device; "exact" draws nothing.
+        generator: source of the sketches of "power", on the weights' device, or their seed itself: an int64 0-d tensor
+            there, of which a captured CUDA graph sees what it holds. "exact" draws nothing.
 
     Returns:
         0-d loss in [-1, 0], float64 if a weight is float64, else float32; differentiable once, in
@@ -171,7 +174,7 @@ def add_rank_grad_(
     state: RankState | None = None,
     refresh_every: int = 1,
     min_sparsity: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Adds `weight` times the gradient of `rank_loss` to the `.grad` of every weight in one fused pass, without a
     graph.
@@ -189,6 +192,39 @@ def add_rank_grad_(
 
     Equivalent to: ``(weight * rank_loss(weights, tail_energy)).backward()``
     """
+    matrices = _leaves(weights)
+    loss, *spectra = _spectra(matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
+    _apply_(matrices, spectra, weight, precision)
+    return loss.clone()  # the state may keep the other
+
+
+@torch.no_grad()
+def add_published_rank_grad_(
+    weights: Weights,
+    weight: float | Tensor,
+    tail_energy: float | Tensor,
+    *,
+    state: RankState,
+    method: Method = "auto",
+    min_sparsity: float = 0.0,
+    generator: Randomness = None,
+) -> Tensor:
+    """`add_rank_grad_` with the mean of the published program, which divides by the number of weights whose loss is not
+    zero: those without a tail count neither above nor below the line. Returns the detached 0-d loss, 0 if none is left.
+    """
+    matrices = _leaves(weights)
+    loss, projector, inv_norms, shares = _spectra(
+        matrices, tail_energy, method, "fp32", state, 1, min_sparsity, generator
+    )
+    tails = state.tail_energies
+    assert tails is not None
+    counted = (shares != 0) & ~(tails <= NO_TAIL)  # NaN counts
+    shares = (counted / counted.sum().clamp(min=1)).to(shares.dtype)
+    _apply_(matrices, [projector, inv_norms, shares], weight, "fp32")
+    return -torch.where(counted, tails * shares, 0.0).sum().to(loss.dtype)
+
+
+def _leaves(weights: Weights) -> list[Tensor]:
     matrices = rank_weights(weights)
     if not all(w.is_leaf for w in matrices):
         raise ValueError(
@@ -196,14 +232,17 @@ def add_rank_grad_(
         )
     if not any(w.requires_grad for w in matrices):
         raise ValueError("add_rank_grad_ writes to `.grad`, but no weight requires a gradient")
+    return matrices
+
+
+def _apply_(matrices: list[Tensor], spectra: list[Tensor], weight: float | Tensor, precision: str) -> None:
+    """Adds `weight` times the gradient that [projector, inv_norms, shares] give to `.grad`."""
     scale = _scalar("weight", weight, matrices[0].device)
-    loss, *spectra = _spectra(matrices, tail_energy, method, precision, state, refresh_every, min_sparsity, generator)
     trained, spectra = _of_trained(matrices, spectra)
     for w in trained:
         if w.grad is None:
             w.grad = torch.zeros_like(w)
     torch.ops.rpg_fast.rank_apply_([w.grad for w in trained], trained, *spectra, scale, precision == "fast")
-    return loss.clone()  # the state may keep the other
 
 
 def _of_trained(weights: list[Tensor], spectra: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -225,7 +264,7 @@ def _spectra(
     state: RankState | None,
     refresh_every: int,
     min_sparsity: float,
-    generator: torch.Generator | None,
+    generator: Randomness,
 ) -> tuple[Tensor, ...]:
     """(loss, projector, inv_norms, shares) of the weights as they are, or the state's while those may be reused."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a state outlives it
@@ -264,14 +303,17 @@ def _by_power(
     target: Tensor,
     min_sparsity: float,
     state: RankState | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
 ) -> tuple[Tensor, ...]:
     device = weights[0].device
     kept = RankState() if state is None else state
     cold = kept.windows is None or kept.windows.device != device
     windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device) if cold else kept.windows
     rounds = filtered.COLD_ROUNDS if cold else filtered.WARM_ROUNDS
-    seed = torch.randint(2**62, (), generator=generator, device=device)
+    if isinstance(generator, Tensor):
+        seed = generator
+    else:
+        seed = torch.randint(2**62, (), generator=generator, device=device)
     loss, tails, ranks, inv_norms, shares, projector, windows, lost = torch.ops.rpg_fast.rank_filter(
         weights, target, float(min_sparsity), windows, seed, rounds, kept.by_eigen
     )
@@ -314,7 +356,7 @@ def check_options(
     state: RankState | None,
     refresh_every: int,
     min_sparsity: float,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> None:
     """Raises ValueError or TypeError for what `rank_loss` does not take."""
     if state is not None and not isinstance(state, RankState):
@@ -334,8 +376,12 @@ def check_options(
         raise ValueError(f"refresh_every={refresh_every} needs state=RankState() to keep the spectra in")
     if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must lie in [0, 1], got {min_sparsity!r}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if isinstance(generator, Tensor):
+        if generator.dtype != torch.int64 or generator.dim() or generator.device not in devices:
+            got = f"{generator.dtype} {tuple(generator.shape)} on {generator.device}"
+            raise ValueError(f"a seed must be an int64 0-d tensor on {weights[0].device}, got {got}")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or an int64 0-d tensor, got {type(generator).__name__}")
     if not isinstance(tail_energy, Tensor) and not 0 <= tail_energy <= 1:
         raise ValueError(f"tail_energy must lie in [0, 1], got {tail_energy}")
 
