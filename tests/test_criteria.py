@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections import Counter
@@ -282,3 +283,63 @@ def test_ops_of_a_step_do_not_grow_with_the_layers(criterion: str, distribution:
     assert counts[0] == counts[1]
     assert not any("_local_scalar_dense" in name for kind in counts[0] for name in kind)
     assert sum(counts[0][1].values()) < 40
+
+
+@pytest.mark.parametrize("semantics", ["corrected", "official"])
+def test_updates_go_on_by_themselves_as_captured_ones_do(semantics: str, device: torch.device) -> None:
+    """A CUDA graph repeats what the host did at capture: here every update is made as the host's first one, and a step
+    between is counted by `advance` as a replay is. What differs from update to update lies on the device."""
+    runs = []
+    for captured in (False, True):
+        model, optimizer, pruner = make(device, rank_weight=0.5, semantics=semantics)
+        for step in range(40):
+            set_gradients(model, step)
+            update = pruner.updates_next
+            if captured and update:
+                count, pruner.step_count = pruner.step_count, 3
+                assert not pruner.step()
+                pruner.step_count = count
+                pruner.advance()
+            elif pruner.step():
+                assert not update
+                optimizer.step()
+        assert pruner.step_count == 40
+        runs.append([pruner.masks.bits, *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    active = int(pruner.masks.count().sum())
+    assert active < 0.3 * sum(pruner.masks.layout.numels)
+
+
+@pytest.mark.parametrize("grow_steps", [1, 3])
+def test_the_mean_of_the_last_gradients_says_what_grows(grow_steps: int, device: torch.device) -> None:
+    """At constant sparsity with nothing but the update: what grew are the largest means of `grow_steps` gradients."""
+    model, _, pruner = make(device, 2, schedule="constant", drop_fraction=0.5, grow_steps=grow_steps)
+    means = [torch.zeros_like(p) for p in model.parameters()]
+    for step in range(4):
+        set_gradients(model, step)
+        if step >= 4 - grow_steps:
+            for mean, p in zip(means, model.parameters(), strict=True):
+                mean += p.grad / grow_steps
+        before = pruner.masks.unpack()
+        stepped = pruner.step()
+        assert stepped == (step != 3)
+    for name, mask in pruner.masks.unpack().items():
+        mean = means[[n for n, _ in model.named_parameters()].index(name)].abs()
+        grown = mask & ~before[name]
+        assert grown.any()
+        assert mean[grown].min() >= mean[~mask & ~before[name]].max()
+
+
+def test_a_state_in_the_middle_of_a_window_goes_on(device: torch.device) -> None:
+    runs = []
+    for resumed in (False, True):
+        model, optimizer, pruner = make(device, grow_steps=3)
+        run(model, optimizer, pruner, range(7))  # one of the three gradients of the second update is in
+        if resumed:
+            saved = [copy.deepcopy(x.state_dict()) for x in (model, optimizer, pruner)]
+            model, optimizer, pruner = make(device, grow_steps=3)
+            for x, state in zip((model, optimizer, pruner), saved, strict=True):
+                x.load_state_dict(state)
+        run(model, optimizer, pruner, range(7, 20))
+        runs.append([pruner.masks.bits, *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

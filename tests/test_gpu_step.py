@@ -175,9 +175,8 @@ def pruner_step(*, topology: bool) -> Step:
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    update_every = 1 if topology else 10**6
     pruner = rpg_fast.RankPruner(
-        model, optimizer, sparsity=0.9, total_steps=10**7, update_every=update_every, rank_weight=0.0
+        model, optimizer, sparsity=0.9, total_steps=4 * REPLAYS, update_every=1 if topology else 3 * REPLAYS
     )
     parameters = list(model.parameters())
 
@@ -187,9 +186,38 @@ def pruner_step(*, topology: bool) -> Step:
             p.grad.copy_(p.roll(number)).add_(1e-3)
 
     def tensors() -> list[Tensor]:
-        return [*parameters, *(p.grad for p in parameters), pruner.masks.bits]
+        return [*parameters, *(p.grad for p in parameters), pruner.masks.bits, pruner._topology.number]
 
     return Step(pruner.step, tensors, before)
+
+
+def whole_step() -> Step:
+    """Rank gradient, topology update and masked step of one pruner, beside each other as in a training step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 96, 3), nn.Conv2d(96, 160, 3, bias=False)).cuda()
+    optimizer = rpg_fast.MaskedSGD(model.parameters(), lr=1e-3, momentum=0.9)
+    pruner = rpg_fast.RankPruner(
+        model, optimizer, sparsity=0.9, total_steps=4 * REPLAYS, update_every=1, rank_weight=0.5, rank_method="power"
+    )
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+
+    def run() -> None:
+        pruner.step()
+        optimizer.step()
+
+    @torch.no_grad()
+    def before(number: int) -> None:
+        for p in parameters:
+            p.grad.copy_(p.roll(number)).mul_(0.1).add_(1e-3)
+
+    def tensors() -> list[Tensor]:
+        momenta = [optimizer.state[p]["momentum_buffer"] for p in parameters]
+        kept = [pruner.masks.bits, pruner._topology.number, pruner._rank_calls, pruner.rank_state.windows]
+        return [*parameters, *(p.grad for p in parameters), *momenta, *kept]
+
+    return Step(run, tensors, before)
 
 
 STEPS = [
@@ -198,6 +226,8 @@ STEPS = [
     pytest.param(lambda: optimizer_step(sgd), id="MaskedSGD"),
     pytest.param(lambda: optimizer_step(rpg_fast.MaskedAdamW), id="MaskedAdamW"),
     pytest.param(lambda: pruner_step(topology=False), id="RankPruner, masking"),
+    pytest.param(lambda: pruner_step(topology=True), id="RankPruner, topology updates"),
+    pytest.param(whole_step, id="rank gradient and topology update with MaskedSGD", marks=POWER),
 ]
 
 
@@ -209,7 +239,3 @@ def test_a_step_waits_for_nothing(make: Callable[[], Step]) -> None:
 @pytest.mark.parametrize("make", STEPS)
 def test_replays_equal_eager_steps(make: Callable[[], Step]) -> None:
     check_replay(make())
-
-
-def test_a_topology_update_waits_for_nothing() -> None:
-    check_no_synchronisation(pruner_step(topology=True))

@@ -367,3 +367,20 @@ def test_weights_of_a_network_that_is_trained_and_pruned(device: torch.device) -
             if step % every == 0:
                 assert both(weights, state, 0.1) < TOLERANCE, (every, step)
     assert all(state.by_eigen == () for state in states.values())
+
+
+def test_a_tensor_is_the_seed_itself(device: torch.device) -> None:
+    """Equal seeds give equal bits, other seeds others, and nothing else is drawn."""
+    weights = [torch.randn(96, 200, generator=cases.seeded(3)).to(device).requires_grad_()]
+    before, losses = torch.get_rng_state(), []
+    for seed in (1, 1, 2):
+        weights[0].grad = None
+        state = rpg_fast.RankState()
+        at = torch.tensor(seed, device=device)
+        rpg_fast.add_rank_grad_(weights, 1.0, method="power", state=state, generator=at)
+        losses.append(weights[0].grad.clone())
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    assert torch.equal(before, torch.get_rng_state())
+    for bad in (torch.tensor(1.0), torch.tensor([1])):
+        with pytest.raises(ValueError, match="a seed must be an int64 0-d tensor on .*, got"):
+            rpg_fast.rank_loss(weights, method="power", generator=bad.to(device))
