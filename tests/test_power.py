@@ -379,8 +379,9 @@ def test_a_tensor_is_the_seed_itself(device: torch.device) -> None:
         at = torch.tensor(seed, device=device)
         rpg_fast.add_rank_grad_(weights, 1.0, method="power", state=state, generator=at)
         losses.append(weights[0].grad.clone())
-    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
     assert torch.equal(before, torch.get_rng_state())
     for bad in (torch.tensor(1.0), torch.tensor([1])):
-        with pytest.raises(ValueError, match="a seed must be an int64 0-d tensor on .*, got"):
+        with pytest.raises(ValueError, match=r"a seed must be an int64 0-d tensor on .*, got"):
             rpg_fast.rank_loss(weights, method="power", generator=bad.to(device))
