@@ -1,9 +1,10 @@
 """Options of training beside the usual: compilation, mixed images, averaged weights, given weights, TensorBoard;
-recipes and the published names."""
+recipes, published names and published decisions."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import rpg_fast
 from rpg_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from rpg_fast.train.cli import build_parser, main
 from rpg_fast.train.config import TrainConfig
@@ -20,7 +22,8 @@ from rpg_fast.train.data import load_digits
 from rpg_fast.train.loop import Trainer
 from rpg_fast.train.models import build_model
 from rpg_fast.train.optimization import Average, MixUp
-from rpg_fast.train.recipes import PUBLISHED_NAMES, RECIPES
+from rpg_fast.train.published import ALIASES, FLAGS, INSTEAD
+from rpg_fast.train.recipes import RECIPES
 
 TINY = (
     *("--data=digits", "--width=4", "--epochs=2", "--batch-size=128", "--update-every=4", "--sparsity=0.9"),
@@ -240,7 +243,7 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, tuple[
 def test_recipes_are_the_published_ones(
     recipe: str, sparsity: str, rank_weight: str, tail_energy: str, start: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = shown(capsys, f"--recipe={recipe}")
+    found = shown(capsys, f"--recipe={recipe}")
     expected = {
         **{"sparsity": sparsity, "rank-weight": rank_weight, "tail-energy": tail_energy, "start": start},
         **{"arch": "resnet50", "epochs": "100", "batch-size": "1024", "lr": "0.4", "warmup-epochs": "5.0"},
@@ -248,17 +251,17 @@ def test_recipes_are_the_published_ones(
         **{"prune-until": "0.9", "update-until": "0.901", "drop-fraction": "0.3", "rank-every": "update"},
         **{"min-sparsity": "0.0", "seed": "42", "distribution": "global_magnitude", "schedule": "exponential"},
     }
-    assert {name: values[f"--{name}"] for name in expected} == {
+    assert {name: found[f"--{name}"] for name in expected} == {
         name: (value, f"recipe {recipe}") for name, value in expected.items()
     }
-    assert set(values) == {f"--{name.replace('_', '-')}" for name in TrainConfig().to_dict()}
+    assert set(found) == {f"--{name.replace('_', '-')}" for name in TrainConfig().to_dict()}
 
 
 def test_a_recipe_is_overridden_and_stored_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = shown(capsys, "--recipe=rpg-95", "--rank-weight=1.5")
-    assert values["--rank-weight"] == ("1.5", "given")
-    assert values["--tail-energy"] == ("0.2", "recipe rpg-95")
-    assert values["--width"] == ("-", "default")
+    found = shown(capsys, "--recipe=rpg-95", "--rank-weight=1.5")
+    assert found["--rank-weight"] == ("1.5", "given")
+    assert found["--tail-energy"] == ("0.2", "recipe rpg-95")
+    assert found["--width"] == ("-", "default")
     assert main(["train", "--recipe=rpg-95", f"--out={tmp_path / 'run'}"]) == 2
     assert "--recipe rpg-95 begins with trained weights: name their file" in capsys.readouterr().err
     tiny = ("--arch=resnet20", *TINY, "--warmup-epochs=0.5")
@@ -272,38 +275,229 @@ def test_a_recipe_is_overridden_and_stored_with_the_run(tmp_path: Path, capsys: 
 # ---------------------------------------------------------------------------------------------------- published names
 
 
+def told(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line of an error."""
+    capsys.readouterr()
+    assert main(["train", *options, "--show-config"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("rpg-fast train: error: ")
+    return line
+
+
+def values(shown: dict[str, tuple[str, str]]) -> dict[str, str]:
+    return {name: value for name, (value, _) in shown.items()}
+
+
 def test_published_names_mean_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     published = (
         *("--model", "resnet50", "--lamb", "3", "--partial_k", "0.2", "--sparsity_thres", "0.1", "--delta", "50"),
         *("--alpha", "0.2", "--iterative_T_end_percent", "0.8", "--T_end_percent", "0.85", "--wd", "1e-4"),
         *("--warmup", "3", "--label_smoothing", "0.2", "--learning-rate", "0.3", "--optim", "sgd", "--mixup", "0.1"),
         *("--sp-distribution", "magnitude-exponential", "--dense-allocation", "0.02", "--memory-format", "nhwc"),
-        *("--amp", "--lr-schedule", "cosine2", "--grad-accumulation-n", "1", "--static-topo", "0"),
+        *("--amp", "--lr-schedule", "cosine2", "--grad-accumulation-n", "3", "--static-topo", "0"),
+        *("--pretrained-weights", "weights.pth", "--model-config", "classic"),
     )
     ours = (
         *("--arch=resnet50", "--rank-weight=3", "--tail-energy=0.2", "--min-sparsity=0.1", "--update-every=50"),
         *("--drop-fraction=0.2", "--prune-until=0.8", "--update-until=0.85", "--weight-decay=1e-4"),
         *("--warmup-epochs=3", "--label-smoothing=0.2", "--lr=0.3", "--optimizer=sgd", "--mixup=0.1"),
         *("--distribution=global_magnitude", "--schedule=exponential", "--sparsity=0.98", "--channels-last"),
-        "--autocast=fp16",
+        *("--autocast=fp16", "--grow-steps=3", "--pretrained=weights.pth"),
     )
-    assert shown(capsys, *published) == shown(capsys, *ours)
+    assert values(shown(capsys, *published)) == values(shown(capsys, *ours))
 
 
-def test_published_names_that_mean_nothing_here_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for options, text in (
-        (["--lr-schedule=step"], "invalid choice: 'step' (choose from"),
-        (["--grad-accumulation-n=2"], "invalid choice: '2'"),
-        (["--memory-format=abc"], "must be nchw or nhwc, got 'abc'"),
-        (["--sp-distribution=alluniform"], "invalid choice: 'alluniform'"),
-        (["--dense-allocation=0"], "--sparsity must be at least 0 and below 1, got 1.0"),
+@pytest.mark.parametrize(
+    ("sparsity", "rank_weight", "tail_energy"),
+    [(80, "0.5", "0.2"), (90, "0.5", "0.1"), (95, "3", "0.2"), (98, "4", "0.2")],
+)
+def test_the_published_commands_are_the_recipes(
+    sparsity: int,
+    rank_weight: str,
+    tail_energy: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "MASTER_ADDR": "", "MASTER_PORT": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("rpg_fast.train.cli.end_process", lambda status: status)
+    command = (
+        f"--alpha 0.3 --batch_size 128 --delta 100 --distributed --distribution magnitude-exponential --epochs 100 "
+        f"--eval_batch_size 25 --lr 0.4 --sparsity {sparsity / 100} --lamb {rank_weight} --partial_k {tail_energy} "
+        "--iterative_T_end_percent 0.9 --T_end_percent 0.901"
+    )
+    recipe = f"--recipe=rpg-{sparsity}"
+    assert main(["train", recipe, *command.split(), "--show-config"]) == 0
+    said = capsys.readouterr()
+    assert "note: --eval_batch_size has no effect here: accuracy does not depend on it\n" in said.err
+    assert "note: --distributed has no effect here" in said.err
+    found = shown(capsys, recipe, *command.split())
+    assert values(found) == values(shown(capsys, recipe))
+    assert found["--batch-size"] == ("1024", "given as --batch_size 128 x 8")
+
+
+def test_the_configuration_names_the_name_that_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(
+        capsys,
+        *("--recipe=rpg-98", "--lamb=2", "--lr=0.2", "--dense-allocation=0.1", "--amp", "--no-dense-baseline"),
+        *("--distribution=magnitude-exponential", "--delta", "7"),
+    )
+    assert found["--rank-weight"] == ("2.0", "given as --lamb")
+    assert found["--lr"] == ("0.2", "given")
+    assert found["--sparsity"] == ("0.9", "given as --dense-allocation")
+    assert found["--autocast"] == ("fp16", "given as --amp")
+    assert found["--schedule"] == ("exponential", "given as --distribution")
+    assert found["--dense-baseline"] == ("false", "given")
+    assert found["--update-every"] == ("7", "given as --delta")
+    assert found["--seed"] == ("42", "recipe rpg-98")
+    assert found["--channels-last"] == ("false", "default")
+
+
+def test_published_allocations(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, distribution, kept in (
+        ("uniform", "uniform", "conv1,fc"),
+        ("alluniform", "uniform", "-"),
+        ("erk", "erk", "-"),
     ):
-        assert main(["train", *options, "--show-config"]) == 2
-        assert text in capsys.readouterr().err
+        found = values(shown(capsys, "--sp-distribution", name))
+        assert (found["--distribution"], found["--keep-dense"]) == (distribution, kept)
 
 
-def test_every_published_name_is_an_option() -> None:
+def test_published_batches_count_by_process(capsys: pytest.CaptureFixture[str]) -> None:
+    found = values(shown(capsys, "-b", "32", "--optimizer-batch-size", "128"))
+    assert (found["--batch-size"], found["--accumulate"]) == ("128", "4")
+    assert values(shown(capsys, "-b", "32", "--optimizer-batch-size", "-1"))["--accumulate"] == "1"
+    for options, text in (
+        (["-b", "32", "--optimizer-batch-size", "100"], "100 is no multiple of 32 images for each of 1 processes"),
+        (["--optimizer-batch-size", "100"], "--optimizer-batch-size goes with --batch_size"),
+        (["-b", "3", "--batch-size", "3"], "-b is --batch-size times the processes: give one of them"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+    ):
+        assert text in told(capsys, *options)
+
+
+def test_published_options_that_cannot_be_honoured_say_what_to_use(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, text in (
+        (["--lr-schedule=step"], "--lr-schedule step: here it is cosine2: the learning rate rises"),
+        (["--static-topo=1"], "--static-topo 1: here it is 0: --criterion static --schedule constant keeps"),
+        (["--grad-accumulation-n=0"], "--grow-steps must be at least 1, got 0"),
+        (["--memory-format=abc"], "invalid choice: 'abc' (choose from"),
+        (["--sp-distribution=magnitude-exponential-warm-0.1"], "magnitude-exponential, whose schedule has no warm-up"),
+        (["--dense-allocation=0"], "--sparsity must be at least 0 and below 1, got 1.0"),
+        (["--dense-allocation=x"], "must be a number, got 'x'"),
+        (["--evaluate"], "--evaluate is not an option here: `rpg-fast evaluate FILE` tests a network"),
+        (["--num-classes=1000"], "the images tell their classes"),
+        (["--data=/"], "for the image files in it, folder:/"),
+    ):
+        assert text in told(capsys, *options)
+
+
+PUBLISHED_OPTIONS = (
+    *("--data", "--data-backend", "--arch", "-a", "--model-config", "-c", "--num-classes", "-j", "--workers"),
+    *("--epochs", "--run-epochs", "-b", "--batch-size", "--optimizer-batch-size", "--lr", "--learning-rate"),
+    *("--lr-schedule", "--warmup", "--label-smoothing", "--mixup", "--optimizer", "--momentum", "--weight-decay"),
+    *("--wd", "--bn-weight-decay", "--nesterov", "--print-freq", "-p", "--resume", "--pretrained-weights", "--fp16"),
+    *("--static-loss-scale", "--dynamic-loss-scale", "--prof", "--amp", "--seed", "--gather-checkpoints"),
+    *("--raport-file", "--evaluate", "--training-only", "--no-checkpoints", "--checkpoint-filename"),
+    *("--checkpoint-dir", "--log-filename", "--workspace", "--memory-format", "--id", "--lr-decay-epochs"),
+    *("--short-train", "--do-not-reset-epochs", "--restart-training", "--lr-file", "--dense-allocation", "--delta"),
+    *("--grad-accumulation-n", "--alpha", "--static-topo", "--T-end-percent", "--T-end-epochs"),
+    *("--sp-distribution", "--dataset", "--eval-batch-size", "--lrconfig", "--lamb", "--sparsity_thres"),
+    *("--partial_k", "--bounded", "--iterative_T_end_percent", "--widths"),
+    # of the script that starts it
+    *("--model", "--optim", "--distribution", "--sparsity", "--save_inter", "--batch_size", "--eval_batch_size"),
+    *("--distributed", "--pretrained", "--scheduler", "--label_smoothing", "--data_backend", "--allconfig"),
+    *("--scheme", "--T_end_percent", "--init_method"),
+)
+
+
+def test_every_published_option_has_an_answer() -> None:
     parser: Any = build_parser()
     train = next(action for action in parser._actions if action.choices).choices["train"]
-    for names in PUBLISHED_NAMES.values():
-        assert set(names) <= set(train._option_string_actions)
+    known = set(train._option_string_actions)
+    assert set(PUBLISHED_OPTIONS) <= known
+    assert set(FLAGS) <= set(INSTEAD)
+    assert {name for names in ALIASES.values() for name in names} <= known
+
+
+def test_options_that_read_flags_take_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in INSTEAD:
+        assert f"{name} is not an option here: " in told(capsys, name, *([] if name in FLAGS else ["3"]))
+
+
+def test_a_reader_that_stops_ends_the_command_quietly() -> None:
+    command = f"{sys.executable} -m rpg_fast train --show-config | true"
+    finished = subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert finished.stderr == ""
+    assert finished.stdout.strip() in ("0", "141")
+
+
+# ---------------------------------------------------------------------------------------------------------- semantics
+
+OFFICIAL = ("--semantics=official", "--rank-every=update")
+
+
+def test_the_pruner_gets_the_semantics(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+    pruner = rpg_fast.RankPruner
+
+    def listening(*arguments: Any, **given: Any) -> rpg_fast.RankPruner:
+        options.update(given)
+        return pruner(*arguments, **given)
+
+    monkeypatch.setattr("rpg_fast.RankPruner", listening)
+    for semantics, steps in (("corrected", 1), ("corrected", 4), ("official", 1), ("official", 3)):
+        config = TrainConfig(
+            epochs=2, batch_size=128, update_every=4, rank_every="update", semantics=semantics, grow_steps=steps
+        )
+        small_trainer(config)
+        assert (options["semantics"], options["grow_steps"]) == (semantics, steps)
+
+
+def test_official_masks_are_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short of its target, as the published schedule is; read back as such."""
+    sparsities = {}
+    for semantics in ("corrected", "official"):
+        folder = tmp_path / semantics
+        options = (f"--semantics={semantics}", "--rank-every=update", "--grow-steps=2")
+        assert main(["train", *TINY, *options, f"--out={folder}"]) == 0
+        saved = load_checkpoint(folder / "checkpoint.pt")
+        assert saved["config"]["semantics"] == semantics
+        assert saved["config"]["grow_steps"] == 2
+        sparsities[semantics] = saved["metrics"][-1]["sparsity"]
+        capsys.readouterr()
+        assert main(["evaluate", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(sparsities[semantics])
+    assert sparsities["corrected"] == pytest.approx(0.9, abs=1e-3)
+    assert 0 < sparsities["official"] < 0.89
+
+
+def test_semantics_that_do_not_go_with_other_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, text in (
+        (
+            OFFICIAL[:1],
+            "--semantics official is defined for --distribution global_magnitude, --criterion rigl, "
+            "--schedule exponential, --rank-every update, got --rank-every 1\n",
+        ),
+        ((*OFFICIAL, "--criterion=set", "--distribution=erk"), ", got --distribution erk, --criterion set\n"),
+        ((*OFFICIAL, "--schedule=constant"), ", got --schedule constant\n"),
+        (("--grow-steps=0",), "--grow-steps must be at least 1, got 0\n"),
+        (
+            (*OFFICIAL, "--grow-steps=4"),
+            "--grow-steps must be below the 4 steps of --update-every with --semantics official, got 4\n",
+        ),
+        (("--grow-steps=5",), "--grow-steps must be at most the 4 steps of --update-every, got 5\n"),
+    ):
+        assert main(["train", *TINY, *options, f"--out={tmp_path / 'run'}"]) == 2
+        assert capsys.readouterr().err.endswith(text)
+        assert not (tmp_path / "run").exists()
+    assert "--semantics: invalid choice: 'other'" in told(capsys, "--semantics=other")
+
+
+def test_resume_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoint.pth.tar").write_text("")
+    assert main(["train", f"--resume={tmp_path / 'checkpoint.pth.tar'}"]) == 2
+    said = capsys.readouterr().err
+    assert "--resume takes the folder of a run, but" in said
+    assert f"--pretrained {tmp_path / 'checkpoint.pth.tar'} begins with its weights" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,11 +17,12 @@ from rpg_fast.schedules import SCHEDULES
 
 from .config import DEFAULT_LR, LocalError, Stopped, TrainConfig, UserError
 from .data import DATASETS, FOLDER, explain_lost_worker
-from .distributed import LostProcess, end_process, prints_errors
+from .distributed import LostProcess, end_process, launched, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
-from .models import ARCHITECTURES
-from .recipes import PUBLISHED_DISTRIBUTIONS, PUBLISHED_NAMES, RECIPES, describe, from_recipe
+from .models import ARCHITECTURES, is_library
+from .published import ALIASES, ALLOCATIONS, Given, add_published, batches, take
+from .recipes import RECIPES, describe, from_recipe
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -44,7 +46,9 @@ def _main(argv: list[str] | None) -> int:
     except SystemExit as leaving:
         return int(leaving.code or 0)
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except Stopped as stopped:
         if prints_errors():
             print(f"rpg-fast {arguments.name}: {stopped}", file=sys.stderr)
@@ -63,6 +67,9 @@ def _main(argv: list[str] | None) -> int:
             raise
         print(f"rpg-fast {arguments.name}: error: {told}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output wanted no more of it, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         if prints_errors():
             again = "`rpg-fast train --resume DIR` goes on with a run"
@@ -82,19 +89,21 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.set_defaults(command=_train, name="train")
+    train.register("action", None, Given)
     train.add_argument("--recipe", choices=tuple(RECIPES), help="published hyper-parameters, for all options not given")
     train.add_argument(
         "--show-config", action="store_true", help="print every value and where it is from; train nothing"
     )
-    for add_group in (_data_options, _network_options, _training_options, _sparsity_options, _rank_options):
+    for add_group in (
+        *(_data_options, _network_options, _training_options, _sparsity_options, _rank_options, _fidelity_options),
+        *(_machine_options, _output_options),
+    ):
         add_group(train)
-    _machine_options(train)
-    _output_options(train)
-    _published_options(train)
+    add_published(train)
     folder = train.add_argument_group("folder").add_mutually_exclusive_group()
     folder.add_argument(
         "--out",
-        *PUBLISHED_NAMES["out"],
+        *ALIASES["out"],
         type=Path,
         metavar="DIR",
         help="where the run is written; must not exist (default: runs/<data>-<arch>-<sparsity>, numbered where taken)",
@@ -122,7 +131,7 @@ class _Group:
         name = option.lstrip("-").replace("-", "_")
         default = DEFAULTS[name]
         shown = "" if default is None else f" (default: {default})"
-        self.group.add_argument(option, *PUBLISHED_NAMES.get(name, ()), help=(text + shown).strip(), **kwargs)
+        self.group.add_argument(option, *ALIASES.get(name, ()), help=(text + shown).strip(), **kwargs)
 
     def flag(self, option: str, text: str) -> None:
         default = DEFAULTS[option.lstrip("-").replace("-", "_")]
@@ -156,13 +165,20 @@ def _data_set(text: str) -> str:
     if text.startswith(FOLDER) and text != FOLDER:
         return FOLDER + os.path.abspath(text[len(FOLDER) :])
     if text not in DATASETS:
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(DATASETS)}, {FOLDER}PATH)")
+        meant = f": for the image files in it, {FOLDER}{text}" if os.path.isdir(text) else ""
+        known = f"{', '.join(DATASETS)}, {FOLDER}PATH"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known}){meant}")
     return text
 
 
 def _network_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "network")
-    group.add("--arch", ", ".join(ARCHITECTURES), choices=tuple(ARCHITECTURES), metavar="NAME")
+    group.add(
+        "--arch",
+        f"{', '.join(ARCHITECTURES)}; torchvision:NAME or timm:NAME where the package is installed",
+        type=_architecture,
+        metavar="NAME",
+    )
     group.add(
         "--width", "channels of the first stage (16 for resnet20/32/56, 64 for the others)", type=int, metavar="N"
     )
@@ -172,6 +188,13 @@ def _network_options(parser: argparse.ArgumentParser) -> None:
         choices=("imagenet", "small"),
     )
     group.flag("--zero-init-residual", "start the last norm of each block at 0")
+
+
+def _architecture(text: str) -> str:
+    if text not in ARCHITECTURES and not is_library(text):
+        known = ", ".join(ARCHITECTURES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known}, torchvision:NAME, timm:NAME)")
+    return text
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +226,13 @@ def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "sparsity")
     group.add("--sparsity", "fraction of zeros in all convolutions and linear layers at the end", type=float)
     group.add("--keep-dense", "layers that are not pruned, by name with commas between, as conv1,fc", metavar="NAMES")
-    group.add("--distribution", "how it is shared among the layers", choices=DISTRIBUTIONS)
+    group.add(
+        "--distribution",
+        "how it is shared among the layers; magnitude-exponential is the published name of global_magnitude with "
+        "--schedule exponential",
+        choices=(*DISTRIBUTIONS, "magnitude-exponential"),
+        action=_Distribution,
+    )
     group.add(
         "--criterion",
         "what grows: rigl largest gradients, momentum their average, set random; gmp, static nothing",
@@ -241,6 +270,16 @@ def _rank_options(parser: argparse.ArgumentParser) -> None:
     group.add("--min-sparsity", "only layers at least this sparse take part", type=float)
 
 
+def _fidelity_options(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "published decisions")
+    group.add(
+        "--semantics",
+        "official: masks as the published program makes them, with its faults; corrected: without them",
+        choices=("corrected", "official"),
+    )
+    group.add("--grow-steps", "steps before an update whose gradients decide what grows", type=int, metavar="N")
+
+
 def _machine_options(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "machine")
     group.add("--device", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
@@ -266,42 +305,15 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     group.flag("--tensorboard", "write the figures for TensorBoard into the run's folder")
+    group.add("--wandb", "send the figures to a project of Weights & Biases (off)", metavar="PROJECT")
 
 
-def _published_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the published program whose values mean something else here."""
-    group = parser.add_argument_group("names of the published program, beside those above")
-    group.add_argument("--dense-allocation", dest="sparsity", type=_sparsity, metavar="D", help="--sparsity 1 - D")
-    group.add_argument(
-        "--sp-distribution",
-        action=_Several,
-        choices=PUBLISHED_DISTRIBUTIONS,
-        help="--distribution, and --schedule exponential for magnitude-exponential",
-    )
-    group.add_argument("--amp", dest="autocast", action="store_const", const="fp16", help="--autocast fp16")
-    group.add_argument(
-        "--memory-format", dest="channels_last", type=_is_nhwc, metavar="{nchw,nhwc}", help="nhwc: --channels-last"
-    )
-    for option, only in (("--lr-schedule", "cosine2"), ("--grad-accumulation-n", "1"), ("--static-topo", "0")):
-        group.add_argument(option, choices=(only,), help="what is done here")
-
-
-class _Several(argparse.Action):
-    """One word for several options."""
+class _Distribution(argparse.Action):
+    """A distribution, or a published name of one together with its schedule."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        for name, value in PUBLISHED_DISTRIBUTIONS[values].items():
-            setattr(namespace, name, value)
-
-
-def _sparsity(text: str) -> float:
-    return round(1 - float(text), 12)
-
-
-def _is_nhwc(text: str) -> bool:
-    if text not in ("nchw", "nhwc"):
-        raise argparse.ArgumentTypeError(f"must be nchw or nhwc, got {text!r}")
-    return text == "nhwc"
+        chosen = {"distribution": values} if values in DISTRIBUTIONS else ALLOCATIONS[values]
+        take(namespace, chosen, option)
 
 
 def _rank_every(text: str) -> int | str:
@@ -310,20 +322,32 @@ def _rank_every(text: str) -> int | str:
 
 def _train(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
+    batches(given, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     options = {name: value for name, value in given.items() if name in DEFAULTS}
 
     from .run import resume, summary, train
 
+    for note in given.get("notes", ()) if prints_errors() else ():
+        print(f"note: {note}", file=sys.stderr)
     if "show_config" in given:
-        print(describe(from_recipe(options), options))
+        print(describe(from_recipe(options), options, given["named"]))
         return 0
     if "resume" in given:
-        fixed = sorted(set(options) - {"device", "threads"})
-        if fixed:
-            raise UserError(f"--resume keeps the run's own options: leave out --{fixed[0].replace('_', '-')}")
-        result = resume(given["resume"], options)
+        result = resume(_run_folder(given["resume"], options), options)
     else:
         result = train(from_recipe(options), given.get("out"))
     if result is not None:
         print(summary(result))
     return 0
+
+
+def _run_folder(path: Path, options: dict[str, Any]) -> Path:
+    """The folder of a run to resume, which keeps its own `options`."""
+    fixed = sorted(set(options) - {"device", "threads"})
+    if fixed:
+        raise UserError(f"--resume keeps the run's own options: leave out --{fixed[0].replace('_', '-')}")
+    if path.is_file():
+        raise UserError(
+            f"--resume takes the folder of a run, but {path} is a file: --pretrained {path} begins with its weights"
+        )
+    return path

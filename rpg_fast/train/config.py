@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .data import DATASETS, FOLDER
-from .models import ARCHITECTURES
+from .models import ARCHITECTURES, is_library
 
 DEFAULT_LR = {"sgd": 0.1, "adamw": 2e-3}
+OFFICIAL = {
+    "distribution": "global_magnitude",
+    "criterion": "rigl",
+    "schedule": "exponential",
+    "rank_every": "update",
+}  # what the published rules are defined for
 
 
 class UserError(Exception):
@@ -81,6 +87,9 @@ class TrainConfig:
     tail_energy: float = 0.1
     rank_method: str = "auto"
     min_sparsity: float = 0.0
+    # published decisions
+    semantics: Literal["corrected", "official"] = "corrected"
+    grow_steps: int = 1
     # machine
     device: str = "auto"
     autocast: Literal["bf16", "fp16"] | None = None
@@ -92,6 +101,7 @@ class TrainConfig:
     # what is written
     checkpoint_every: int | None = None
     tensorboard: bool = False
+    wandb: str | None = None
     recipe: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,19 +113,22 @@ class TrainConfig:
         if not self.reads_files:
             _one_of("--data", self.data, (*DATASETS, f"{FOLDER}PATH"))
         _one_of("--bad-images", self.bad_images, ("stop", "skip"))
-        _one_of("--arch", self.arch, ARCHITECTURES)
+        if not is_library(self.arch):
+            _one_of("--arch", self.arch, (*ARCHITECTURES, "torchvision:NAME", "timm:NAME"))
         _one_of("--stem", self.stem, (None, "imagenet", "small"))
         _one_of("--optimizer", self.optimizer, DEFAULT_LR)
         _one_of("--optimizer-impl", self.optimizer_impl, ("masked", "torch"))
         _one_of("--autocast", self.autocast, (None, "bf16", "fp16"))
         _one_of("--start", self.start, (None, "random", "dense", "pretrained"))
+        _one_of("--semantics", self.semantics, ("corrected", "official"))
+        _require(self.wandb != "", "wandb", "the name of a project", "an empty one")
 
     def _check_numbers(self) -> None:
         for option in ("image_size", "width", "update_every", "threads", "checkpoint_every"):
             value = getattr(self, option)
             _require(value is None or value >= 1, option, "at least 1", value)
         _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
-        for option in ("classes", "train_images", "test_images", "epochs", "batch_size", "accumulate"):
+        for option in ("classes", "train_images", "test_images", "epochs", "batch_size", "accumulate", "grow_steps"):
             _require(getattr(self, option) >= 1, option, "at least 1", getattr(self, option))
         for field in fields(self):
             value = getattr(self, field.name)
@@ -152,6 +165,12 @@ class TrainConfig:
             from_files = field.name in ("workers", "bad_images")
             if from_files and not self.reads_files and getattr(self, field.name) != field.default:
                 raise UserError(f"--{field.name.replace('_', '-')} is for --data {FOLDER}PATH, not for {self.data}")
+        for option in ("width", "stem", "zero_init_residual"):
+            if is_library(self.arch) and getattr(self, option):
+                raise UserError(f"--{option.replace('_', '-')} is for the networks of rpg-fast, not for {self.arch}")
+        other = {name: getattr(self, name) for name, only in OFFICIAL.items() if getattr(self, name) != only}
+        if self.semantics == "official" and other:
+            raise UserError(f"--semantics official is defined for {_as_options(OFFICIAL)}, got {_as_options(other)}")
         if self.start == "dense" and not self.dense_baseline:
             raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
         if self.pretrained is not None and self.start not in (None, "pretrained"):
@@ -181,7 +200,7 @@ class TrainConfig:
     def name(self) -> str:
         """A name for the run's folder."""
         data = Path(self.data).name if self.reads_files else self.data
-        return f"{data}-{self.arch}-{self.sparsity * 100:g}"
+        return f"{data}-{self.arch.replace(':', '-').replace('/', '-')}-{self.sparsity * 100:g}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,6 +219,10 @@ class TrainConfig:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"the configuration has a value of a wrong type: {error}") from error
+
+
+def _as_options(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 def _one_of(option: str, value: object, known: Any) -> None:

@@ -1,10 +1,14 @@
-"""Residual networks whose parameters carry torchvision's names, so that weights move freely between the two."""
+"""Residual networks whose parameters carry torchvision's names, so that weights move freely between the two; and the
+networks of torchvision and timm."""
 
 from __future__ import annotations
 
+import copy
+import difflib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +151,11 @@ ARCHITECTURES = {
     "resnet18": Architecture(BasicBlock, (2, 2, 2, 2), 64, imagenet=True),
     "resnet34": Architecture(BasicBlock, (3, 4, 6, 3), 64, imagenet=True),
     "resnet50": Architecture(Bottleneck, (3, 4, 6, 3), 64, imagenet=True),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3), 64, imagenet=True),
+    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3), 64, imagenet=True),
 }
+
+LIBRARIES = ("torchvision", "timm")
 
 
 def build_model(
@@ -158,22 +166,28 @@ def build_model(
     stem: Stem | None = None,
     width: int | None = None,
     zero_init_residual: bool = False,
-) -> ResNet:
-    """Builds a network by name.
+) -> nn.Module:
+    """Builds a network by name, with random weights.
 
-    `resnet18`, `resnet34` and `resnet50` equal torchvision's: same state_dict names and shapes, same output for the
-    same weights. `resnet20`, `resnet32` and `resnet56` are the CIFAR networks of He et al. 2015 (section 4.2) under the
-    same naming scheme, with 1x1 convolutions in the two shortcuts that change shape (their option B).
+    `resnet18` to `resnet152` equal torchvision's: same state_dict names and shapes, same output for the same weights.
+    `resnet20`, `resnet32` and `resnet56` are the CIFAR networks of He et al. 2015 (section 4.2) under the same naming
+    scheme, with 1x1 convolutions in the two shortcuts that change shape (their option B). `torchvision:NAME` and
+    `timm:NAME` are those of these packages.
 
     Args:
-        stem: default "imagenet" for the former, "small" for the latter.
+        stem: default "imagenet" for the former, "small" for the latter. Not of a package, as the next two.
         width: channels of the first stage; default 64 and 16. The later stages double it.
 
     Raises:
-        ValueError: `arch` is unknown, or a number is below 1.
+        ValueError: `arch` is unknown, its package is missing or refuses the arguments, or a number is below 1.
     """
+    if is_library(arch):
+        if stem or width or zero_init_residual:
+            raise ValueError(f"stem, width and zero_init_residual are for other networks than {arch}")
+        return _from_library(arch, num_classes, in_channels)
     if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join((*ARCHITECTURES, *(f"{library}:NAME" for library in LIBRARIES)))
+        raise ValueError(f"unknown architecture {arch!r}; known are {known}")
     spec = ARCHITECTURES[arch]
     base = spec.base_width if width is None else width
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", base)):
@@ -188,3 +202,72 @@ def build_model(
         stem=stem or ("imagenet" if spec.imagenet else "small"),
         zero_init_residual=zero_init_residual,
     )
+
+
+# ------------------------------------------------------------------------------------------------------ other packages
+
+
+def is_library(arch: str) -> bool:
+    """Whether `arch` has the form of a network of another package, as timm:resnet50."""
+    library, _, name = str(arch).partition(":")
+    return library in LIBRARIES and bool(name)
+
+
+def _from_library(arch: str, num_classes: int, in_channels: int) -> nn.Module:
+    library, _, name = arch.partition(":")
+    package = _import(library, arch)
+    models = package.models if library == "torchvision" else package
+    known = models.list_models()
+    if name.partition(".")[0] not in known:  # timm's names may have the training of weights behind a dot
+        close = difflib.get_close_matches(name, known, 3)
+        hint = f"; close are {', '.join(close)}" if close else ""
+        raise ValueError(f"{library} {package.__version__} has no network {name!r}{hint}")
+    if library == "torchvision" and in_channels != 3:
+        raise ValueError(f"{arch} takes images of 3 channels, got {in_channels}")
+    try:
+        if library == "torchvision":
+            return models.get_model(name, weights=None, num_classes=num_classes)
+        return models.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    except Exception as error:  # what a package's builder stumbles upon
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{arch} cannot be built for {num_classes} classes: {reason}") from error
+
+
+def _import(library: str, arch: str) -> Any:
+    """The package. A version of torch that pip is told to keep is not replaced by one that the package would like."""
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{arch} needs the package {error.name}, which is not installed: pip install {error.name} "
+            f"torch=={torch.__version__} (the version that is there, so that pip leaves it alone)"
+        ) from error
+    except Exception as error:  # a binary made for another torch raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{arch} needs the package {library}, which cannot be imported: {reason}; "
+            f"is it made for PyTorch {torch.__version__}?"
+        ) from error
+
+
+def check_network(model: nn.Module, *, num_classes: int, in_channels: int, image_size: int) -> None:
+    """Follows the shapes of two images through `model` in training, without arithmetic.
+
+    Raises:
+        ValueError: it does not take images [2, in_channels, image_size, image_size], or does not give logits
+            [2, num_classes].
+    """
+    shapes = copy.deepcopy(model).to("meta").train()
+    images = torch.empty(2, in_channels, image_size, image_size, device="meta")
+    try:
+        with torch.no_grad():
+            logits = shapes(images)
+    except NotImplementedError:  # it looks at values, which only training can show
+        return
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"takes no images of {image_size} pixels with {in_channels} channels: {reason}") from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"gives a {type(logits).__name__} in training, wanted one tensor of logits")
+    if logits.shape != (2, num_classes):
+        raise ValueError(f"gives {tuple(logits.shape)} for 2 images, wanted logits of shape {(2, num_classes)}")

@@ -59,8 +59,19 @@ def pruned_weights(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parame
 def make_pruner(
     model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, config: TrainConfig
 ) -> rpg_fast.RankPruner:
-    """The pruner of one training, its randomness drawn from the seed."""
+    """The pruner of one training, its randomness drawn from the seed.
+
+    Raises:
+        UserError: options that do not go together, or with the model. ValueError: what `RankPruner` refuses.
+    """
     device = next(model.parameters()).device
+    update_every = update_interval(total_steps, config)
+    official = config.semantics == "official"
+    if config.grow_steps > update_every - official:
+        raise UserError(
+            f"--grow-steps must be {'below' if official else 'at most'} the {update_every} steps of --update-every"
+            f"{' with --semantics official' if official else ''}, got {config.grow_steps}"
+        )
     return rpg_fast.RankPruner(
         model,
         optimizer,
@@ -70,7 +81,7 @@ def make_pruner(
         distribution=config.distribution,
         criterion=config.criterion,
         schedule=config.schedule,
-        update_every=update_interval(total_steps, config),
+        update_every=update_every,
         prune_until=config.prune_until,
         update_until=config.update_until,
         drop_fraction=config.drop_fraction,
@@ -79,6 +90,8 @@ def make_pruner(
         tail_energy=config.tail_energy,
         rank_method=config.rank_method,
         min_sparsity=config.min_sparsity,
+        semantics=config.semantics,
+        grow_steps=config.grow_steps,
         generator=torch.Generator(device).manual_seed(config.seed),
     )
 

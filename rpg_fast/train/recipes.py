@@ -1,5 +1,5 @@
-"""The published hyper-parameters (RPG, Zhang et al., NeurIPS 2023, ResNet-50 on ImageNet), and the published names of
-options."""
+"""The published hyper-parameters (RPG, Zhang et al., NeurIPS 2023, ResNet-50 on ImageNet), and where the values of a
+run are from."""
 
 from __future__ import annotations
 
@@ -45,32 +45,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     )
 }
 
-PUBLISHED_NAMES = {
-    "arch": ("--model", "-a"),
-    "batch_size": ("--batch_size", "-b"),
-    "drop_fraction": ("--alpha",),
-    "label_smoothing": ("--label_smoothing",),
-    "lr": ("--learning-rate",),
-    "min_sparsity": ("--sparsity_thres",),
-    "optimizer": ("--optim",),
-    "out": ("--checkpoint-dir",),
-    "pretrained": ("--pretrained-weights",),
-    "prune_until": ("--iterative_T_end_percent",),
-    "rank_weight": ("--lamb",),
-    "tail_energy": ("--partial_k",),
-    "update_every": ("--delta",),
-    "update_until": ("--T-end-percent", "--T_end_percent"),
-    "warmup_epochs": ("--warmup",),
-    "weight_decay": ("--wd",),
-}
-"""Ours -> those of the published program that take the same value."""
-
-PUBLISHED_DISTRIBUTIONS = {
-    "uniform": {"distribution": "uniform"},
-    "erk": {"distribution": "erk"},
-    "magnitude-exponential": {"distribution": "global_magnitude", "schedule": "exponential"},
-}
-
 
 def from_recipe(options: Mapping[str, Any]) -> TrainConfig:
     """The configuration of `options`, where those that are missing are those of its "recipe", if it names one, and
@@ -82,18 +56,20 @@ def from_recipe(options: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**{**RECIPES.get(options.get("recipe", ""), {}), **options})
 
 
-def describe(config: TrainConfig, options: Mapping[str, Any]) -> str:
+def describe(config: TrainConfig, options: Mapping[str, Any], named: Mapping[str, str]) -> str:
     """Every value of a configuration and where it comes from, one line each.
 
     Args:
-        options: what was given on the command line.
+        options: what was given on the command line. named: {option: the name that it was given by}.
     """
     values = {**config.to_dict(), "lr": config.peak_lr, "warmup_epochs": config.warmup}
     recipe = RECIPES.get(config.recipe or "", {})
     width = max(len(name) for name in values) + 2
     lines = []
     for name, value in values.items():
-        origin = "given" if name in options else f"recipe {config.recipe}" if name in recipe else "default"
+        option = f"--{name.replace('_', '-')}"
+        given = "given" if named.get(name, option) == option else f"given as {named[name]}"
+        origin = given if name in options else f"recipe {config.recipe}" if name in recipe else "default"
         shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        lines.append(f"--{name.replace('_', '-'):<{width}} {shown:<20} {origin}")
+        lines.append(f"{option:<{width + 2}} {shown:<20} {origin}")
     return "\n".join(lines)
