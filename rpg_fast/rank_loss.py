@@ -219,7 +219,7 @@ def add_published_rank_grad_(
     tails = state.tail_energies
     assert tails is not None
     counted = (shares != 0) & ~(tails <= NO_TAIL)  # NaN counts
-    shares = (counted / counted.sum().clamp(min=1)).to(shares.dtype)
+    shares = counted.to(shares.dtype) / counted.sum().clamp(min=1)
     _apply_(matrices, [projector, inv_norms, shares], weight, "fp32")
     return -torch.where(counted, tails * shares, 0.0).sum().to(loss.dtype)
 
