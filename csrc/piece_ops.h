@@ -39,5 +39,13 @@ void small_spectrum_(Tensor ledger, Tensor projector, Tensor members, Tensor pai
          ledger);
 }
 
+void small_eigh_(Tensor values, Tensor vectors, Tensor matrices) {
+  if (matrices.dim() == 3 && matrices.sizes()[2] <= 32) {
+    launch("small_eigh_", SmallEigh<32>(values, vectors, matrices), matrices);
+  } else {
+    launch("small_eigh_", SmallEigh<kSmall>(values, vectors, matrices), matrices);
+  }
+}
+
 }  // namespace
 }  // namespace rpg_fast

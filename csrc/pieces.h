@@ -26,7 +26,7 @@ inline void check_argument(const char* op, const char* name, const Tensor& tenso
     wanted << (d++ == 0 ? "" : ", ") << (size == kAny ? "*" : std::to_string(size));
   }
   STD_TORCH_CHECK(fits, op, ": ", name, " must be a contiguous ", dtype_name(dtype), " [", wanted.str(), "] where ",
-                  "ledger or Q lies, got ", describe(tensor));
+                  "the other tensors lie, got ", describe(tensor));
 }
 
 template <class T>
@@ -276,6 +276,47 @@ struct SmallSpectrum {
     const auto load = [&](int at) { return static_cast<double>(hi[at]) + static_cast<double>(lo[at]) / 2048; };
     small_spectrum(block, load, orders[b], norms[b], scales[b], *target, work, ledger[b].k, ledger[b].e,
                    projector + offsets[b]);
+  }
+};
+
+/// Symmetric eigenproblems [w, w] with w <= kMax.
+template <int kMax>
+struct SmallEigh {
+  using Work = Eigen<kMax>;
+  static constexpr int kThreads = kMax <= 32 ? 128 : 512;
+  double *values, *vectors;  // [B, w], [B, w, w]
+  const double* matrices;
+  int64_t batch;
+  int w;
+
+  SmallEigh(const Tensor& values_, const Tensor& vectors_, const Tensor& matrices_)
+      : values(data_of<double>(values_)),
+        vectors(data_of<double>(vectors_)),
+        matrices(data_of<double>(matrices_)),
+        batch(matrices_.dim() == 3 ? matrices_.sizes()[0] : 0),
+        w(matrices_.dim() == 3 ? static_cast<int>(matrices_.sizes()[2]) : 0) {
+    const char* op = "small_eigh_";
+    STD_TORCH_CHECK(w > 0 && w <= kMax, op, ": matrices must be [B, w, w] with w from 1 to ", kSmall, ", got ",
+                    describe(matrices_));
+    check_argument(op, "matrices", matrices_, ScalarType::Double, {batch, w, w}, matrices_);
+    check_argument(op, "values", values_, ScalarType::Double, {batch, w}, matrices_);
+    check_argument(op, "vectors", vectors_, ScalarType::Double, {batch, w, w}, matrices_);
+  }
+
+  int64_t count() const { return batch; }
+
+  template <class Block>
+  RPG_FAST_HOST_DEVICE void run(const Block& block, int64_t b, Work& eigen) const {
+    const int size = w * w;
+    for (int item = block.lane(); item < size; item += block.count()) {
+      const int i = item / w, j = item % w;
+      if (j <= i) eigen.at(i, j) = matrices[b * size + item];
+    }
+    solve(block, w, eigen);
+    for (int i = block.lane(); i < w; i += block.count()) values[b * w + i] = eigen.values[i];
+    for (int item = block.lane(); item < size; item += block.count()) {
+      vectors[b * size + item] = eigen.vector(item / w)[item % w];
+    }
   }
 };
 

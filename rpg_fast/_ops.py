@@ -183,6 +183,7 @@ _define(
     ledger.small_spectrum_,
     _no_output,
 )
+_define("small_eigh_(Tensor(a!) values, Tensor(b!) vectors, Tensor matrices) -> ()", ledger.small_eigh_, _no_output)
 
 # ------------------------------------------------------------ masks
 

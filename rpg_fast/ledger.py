@@ -3,6 +3,8 @@
 The kernels keep what they know of each matrix in a ledger, float64 [B, len(COLUMNS)], that only the device reads; here
 its rows become the `Search` and `Window` of `filtered` and are written back. Square matrices of the kernels are those
 of `filtered` times a power of two, ``scales``; thin ones lie one after another in one buffer [rows, w].
+
+And the eigenproblems of `svd_lowrank`, which are done in the same way.
 """
 
 from __future__ import annotations
@@ -245,3 +247,19 @@ def small_spectrum_(
         P, k, e, _ = reference.spectral_projector(G[None], target)
         _write(ledger, b, k=k, e=e)
         N.copy_(2 * P[0] - 2 * (1 - e) * torch.eye(m, dtype=P.dtype, device=P.device))
+
+
+def small_eigh_(values: Tensor, vectors: Tensor, matrices: Tensor) -> None:
+    """Symmetric eigenproblems of up to 64 x 64, without a wait.
+
+    Args:
+        values: float64 [B, w], written: the eigenvalues, descending. NaN, as the vectors, where a matrix holds NaN or
+            an infinity.
+        vectors: float64 [B, w, w], written: in row i the unit eigenvector of ``values[i]``.
+        matrices: float64 [B, w, w], of which the lower triangle is read.
+    """
+    lower = matrices.tril()
+    finite = lower.isfinite().all(-1).all(-1)[:, None, None]  # [B, 1, 1]
+    found, columns = torch.linalg.eigh(torch.where(finite, lower, 0.0))  # ascending
+    values.copy_(torch.where(finite[..., 0], found.flip(-1), torch.nan))
+    vectors.copy_(torch.where(finite, columns.mT.flip(-2), torch.nan))

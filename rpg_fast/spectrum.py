@@ -9,12 +9,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from rpg_fast import _ops as _ops  # registers the ops
 from rpg_fast import reference
 
 OVERSAMPLING = 8  # extra columns of the sketch, dropped from the result
 HEADROOM = 2.0**-10  # a Gaussian sketch times this keeps the first product finite up to the largest float32
 SHIFT = 1e-15  # of a Gram matrix's trace: above what rounding to float64 leaves of a zero eigenvalue
 SMALLEST = 1e-60  # shift of a zero Gram matrix; others are above it, and its inverse root is within float32
+SMALL = 64  # the largest eigenproblem of a kernel of ours, which does a batch at once without a wait
 ROUNDING = 2.0**-23  # relative: what float32 rounds off anyway
 SvdMethod = Literal["svd", "qr", "products"]
 
@@ -46,8 +48,8 @@ def svd_lowrank(
     Returns:
         U [..., m, q], S [..., q] descending, V [..., n, q] with A ~ U diag(S) V^T, in A's dtype; lists of them for a
         list. U and V are orthonormal, whatever A's rank. A matrix with NaN or inf gives NaN in its own triplets only.
-        On CUDA the host waits once for each shape (`torch.linalg.eigh` and `svd` do), and float32 products have the
-        precision that `torch.set_float32_matmul_precision` allows.
+        On CUDA the host waits once for each shape with q > 56 (`torch.linalg.eigh` and `svd` do), and float32 products
+        have the precision that `torch.set_float32_matmul_precision` allows.
 
     Raises:
         ValueError: q or niter out of range, fewer than two dimensions. TypeError: no real floating-point tensor.
@@ -176,14 +178,26 @@ def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | Non
     core = Q.mT @ Y.double()  # [..., w, w]; scale X ~ Q core Z^T
     finite = core.sum((-2, -1), keepdim=True).isfinite()
     core = torch.where(finite, core, 0.0)
-    energies, P = torch.linalg.eigh(core.mT @ core)  # ascending
-    P = P.flip(-1)[..., :q]
-    S = energies[..., None, :].flip(-1)[..., :q].clamp(min=0).sqrt()  # [..., 1, q]
+    energies, P = _eigh(core.mT @ core)
+    P = P[..., :q]
+    S = energies[..., None, :q].clamp(min=0).sqrt()  # [..., 1, q]
     missing = ROUNDING * S[..., :1] >= S  # no left vector is left of these
     noise = torch.randn(P.shape[-2:], dtype=P.dtype, device=P.device, generator=generator)
     L = _orthonormal(torch.where(missing, noise, core @ P / torch.where(missing, 1.0, S)))
     L, S, P = (torch.where(finite, part, torch.nan) for part in (L, S, P))
     return Q @ L, (S / scale).squeeze(-2), Z @ P
+
+
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., w], descending, and eigenvectors [..., w, w] in columns of float64 matrices G [..., w, w]."""
+    w = G.shape[-1]
+    if w > SMALL:
+        energies, P = torch.linalg.eigh(G)  # ascending
+        return energies.flip(-1), P.flip(-1)
+    matrices = G.reshape(-1, w, w).contiguous()
+    energies, P = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices)
+    torch.ops.rpg_fast.small_eigh_(energies, P, matrices)
+    return energies.view(G.shape[:-1]), P.view(G.shape).mT
 
 
 def _first_sketch(X: Tensor, q: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

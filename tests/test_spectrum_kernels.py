@@ -320,6 +320,52 @@ def test_small_spectra(target: float, device: torch.device) -> None:
             assert (P @ P - P).norm() < 1e-5
 
 
+def eigenproblems(w: int) -> Tensor:
+    """[B, w, w]: random, positive, rank one, equal eigenvalues, steep, zero, with NaN or an infinity, huge, tiny."""
+    X = torch.randn(w, w, generator=seeded(w), dtype=torch.float64)
+    Q = torch.linalg.qr(X).Q
+    steep = Q * torch.logspace(0, -30, w, dtype=torch.float64) @ Q.mT
+    twice = Q * torch.arange(w, dtype=torch.float64).div(2, rounding_mode="floor") @ Q.mT
+    matrices = [X + X.mT, X @ X.mT, X[:, :1] @ X[:, :1].mT, torch.eye(w).double(), steep, twice, torch.zeros(w, w)]
+    matrices += [X + torch.nan, torch.where(torch.eye(w) > 0, torch.inf, X), 1e300 * (X + X.mT), 1e-300 * (X + X.mT)]
+    return torch.stack([m.double() for m in matrices])
+
+
+@pytest.mark.parametrize("w", [1, 2, 3, 8, 15, 31, 32, 33, 40, 64])
+def test_small_eigenproblems(w: int, device: torch.device) -> None:
+    """Eigenvalues as LAPACK's, eigenvectors orthonormal, and each of them one: no two programs agree on their signs, or
+    where eigenvalues are equal on more."""
+    matrices = eigenproblems(w).to(device)
+    only_lower = matrices.tril() + torch.ones_like(matrices).triu(1)
+    values, vectors = matrices.new_empty(len(matrices), w), torch.empty_like(matrices)
+    op("small_eigh_")(values, vectors, only_lower)
+    want = torch.empty_like(values), torch.empty_like(vectors)
+    ledger.small_eigh_(*want, matrices)
+    finite = matrices.isfinite().all(-1).all(-1)
+    assert values[~finite].isnan().all()
+    assert vectors[~finite].isnan().all()
+    scale = matrices[finite].abs().amax((-2, -1)).clamp(min=1e-320)[:, None]
+    difference = (values - want[0])[finite] / scale
+    assert difference.abs().max() < 1e-13 * w
+    V = vectors[finite]
+    assert (V @ V.mT - torch.eye(w, device=device, dtype=torch.float64)).abs().max() < 1e-13 * w
+    residual = V @ (matrices[finite] / scale[..., None]) - (values[finite] / scale)[..., None] * V
+    assert residual.abs().max() < 1e-13 * w
+
+
+def test_small_eigenproblems_take_any_batch_and_refuse_the_rest(device: torch.device) -> None:
+    one = torch.ones(3, 5, 5, dtype=torch.float64, device=device)
+    empty = one[:0]
+    op("small_eigh_")(empty.new_empty(0, 5), torch.empty_like(empty), empty)
+    torch.library.opcheck(op("small_eigh_"), (one.new_empty(3, 5), torch.empty_like(one), one))
+    if not _extension.load().loaded:  # plain torch checks less
+        return
+    large = torch.ones(1, 65, 65, dtype=torch.float64, device=device)
+    for matrices, text in ((large, "with w from 1 to 64, got"), (one.float(), "contiguous float64"), (one[0], "w, w")):
+        with pytest.raises(RuntimeError, match=text):
+            op("small_eigh_")(matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices), matrices)
+
+
 def test_same_bits_every_time_and_opcheck(device: torch.device) -> None:
     call = Call(spectrum_cases()[:2], device)
     opening = call.opening()

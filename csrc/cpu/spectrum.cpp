@@ -25,4 +25,5 @@ STABLE_TORCH_LIBRARY_IMPL(rpg_fast, CPU, m) {
   m.impl("filter_principal_", TORCH_BOX(&rpg_fast::filter_principal_));
   m.impl("filter_conclude_", TORCH_BOX(&rpg_fast::filter_conclude_));
   m.impl("small_spectrum_", TORCH_BOX(&rpg_fast::small_spectrum_));
+  m.impl("small_eigh_", TORCH_BOX(&rpg_fast::small_eigh_));
 }
