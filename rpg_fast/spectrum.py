@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from rpg_fast import _ops as _ops  # registers the ops
-from rpg_fast import reference
+from rpg_fast import filtered, reference
 
 OVERSAMPLING = 8  # extra columns of the sketch, dropped from the result
 HEADROOM = 2.0**-10  # a Gaussian sketch times this keeps the first product finite up to the largest float32
 SHIFT = 1e-15  # of a Gram matrix's trace: above what rounding to float64 leaves of a zero eigenvalue
 SMALLEST = 1e-60  # shift of a zero Gram matrix; others are above it, and its inverse root is within float32
-SMALL = 64  # the largest eigenproblem of a kernel of ours, which does a batch at once without a wait
 ROUNDING = 2.0**-23  # relative: what float32 rounds off anyway
 SvdMethod = Literal["svd", "qr", "products"]
 
@@ -191,7 +190,7 @@ def _by_products(X: Tensor, q: int, niter: int, generator: torch.Generator | Non
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., w], descending, and eigenvectors [..., w, w] in columns of float64 matrices G [..., w, w]."""
     w = G.shape[-1]
-    if w > SMALL:
+    if w > filtered.SMALL:  # the others a kernel does, a batch at once without a wait
         energies, P = torch.linalg.eigh(G)  # ascending
         return energies.flip(-1), P.flip(-1)
     matrices = G.reshape(-1, w, w).contiguous()
