@@ -239,3 +239,10 @@ def test_a_step_waits_for_nothing(make: Callable[[], Step]) -> None:
 @pytest.mark.parametrize("make", STEPS)
 def test_replays_equal_eager_steps(make: Callable[[], Step]) -> None:
     check_replay(make())
+
+
+def test_svd_lowrank_waits_for_nothing() -> None:
+    batch = [torch.randn(8, 128, 300, device="cuda"), torch.randn(96, 64, device="cuda")]
+    rpg_fast.svd_lowrank(batch, 32)
+    with no_synchronisation():
+        rpg_fast.svd_lowrank(batch, 32)
