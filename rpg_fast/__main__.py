@@ -9,6 +9,7 @@ import sys
 
 import rpg_fast
 from rpg_fast import _info
+from rpg_fast._output import with_output
 
 TRAINING = ("train", "evaluate", "export")
 TRAINING_EXTRA = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm")
@@ -38,15 +39,19 @@ def _train(arguments: list[str]) -> int:
         return 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command line (without the program's name; default: `sys.argv[1:]`) and returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+def _main(arguments: list[str]) -> int:
     if arguments and arguments[0] in TRAINING:
         return _train(arguments)
     options = _parser().parse_args(arguments)
     report = _info.collect()
     print(json.dumps(report, indent=1) if getattr(options, "json", False) else _info.render(report))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (without the program's name; default: `sys.argv[1:]`) and returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return with_output(lambda: _main(arguments))
 
 
 if __name__ == "__main__":

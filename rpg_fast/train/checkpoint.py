@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -19,9 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rpg_fast._output import tell
+
 from .config import UserError
 
 FORMAT = "rpg_fast.train/1"
+BAD_IMAGES = "bad_images.csv"
 REQUIRED = {"state_dict": dict, "config": dict, "model": dict, "metrics": list, "trainer": dict}
 
 
@@ -29,8 +33,17 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     """Writes `path` whole or not at all: an older file stays until the new one is on the disk, also if the power fails.
 
     Raises:
-        OSError: it could not be written; nothing but the older file is left.
+        OSError: it could not be written; nothing but the older file is left. The text tells the bytes wanted and free.
     """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        text = f"{error.strerror} ({len(content):,} bytes wanted, {free:,} free)"
+        raise OSError(error.errno, text) from error
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -91,11 +104,12 @@ def reason(error: Exception) -> str:
 
 
 class RunFolder:
-    """The files of one run: config.json, metrics.csv, dense.pt, checkpoint.pt, report.png, tensorboard/."""
+    """The files of one run: config.json, metrics.csv, dense.pt, checkpoint.pt, report.png, bad_images.csv,
+    tensorboard/."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._failing: set[str] = set()  # files that could not be written the last time
+        self._waiting: dict[str, Callable[[], object]] = {}  # what could not be written the last time
 
     @classmethod
     def create(cls, out: Path | None, name: str) -> RunFolder:
@@ -110,8 +124,10 @@ class RunFolder:
                 path.mkdir(parents=True)
                 return cls(path)
             except FileExistsError:
-                if out and path.is_dir() and not any(path.iterdir()):
-                    return cls(path)
+                if out and path.is_dir() and all(file.match(".config.json.*") for file in path.iterdir()):
+                    folder = cls(path)  # empty, or of a run that was killed before it began
+                    folder.remove_remains()
+                    return folder
             except OSError as error:
                 raise UserError(f"cannot make the run's folder {path}: {error.strerror}") from error
         raise UserError(f"{candidates[0]} exists already; runs are never overwritten: choose another --out")
@@ -123,20 +139,21 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write {self.path / 'config.json'}: {error.strerror}") from error
 
-    def read_config(self) -> dict[str, Any]:
-        """The configuration that `write_config` wrote.
+    def read_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The configuration and the facts that `write_config` wrote.
 
         Raises:
-            UserError: there is none.
+            UserError: there are none.
         """
         path = self.path / "config.json"
         try:
-            config = json.loads(path.read_text())["config"]
+            facts = json.loads(path.read_text())
+            config, data = facts.pop("config"), facts["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} holds no run that can be resumed: {path} is missing or damaged") from error
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not isinstance(data, dict):
             raise UserError(f"{self.path} holds no run that can be resumed: {path} is damaged")
-        return config
+        return config, facts
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """The whole table anew, replaced in one go, so that a reader never sees half a line."""
@@ -145,6 +162,27 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         self.attempt("metrics.csv", lambda: write_file(self.path / "metrics.csv", text.getvalue().encode()))
+
+    def add_bad_images(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Adds images that could not be read, {file: reason}, to bad_images.csv, and returns all of them."""
+        known = self.read_bad_images()
+        bad = {**known, **found}
+        if bad != known:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([("file", "reason"), *sorted(bad.items())])
+            content = text.getvalue().encode("utf-8", "surrogateescape")  # names of files are bytes
+            self.attempt(BAD_IMAGES, lambda: write_file(self.path / BAD_IMAGES, content))
+        return bad
+
+    def read_bad_images(self) -> dict[str, str]:
+        """What `add_bad_images` has written so far."""
+        try:
+            with open(self.path / BAD_IMAGES, newline="", encoding="utf-8", errors="surrogateescape") as file:
+                return {row["file"]: row["reason"] for row in csv.DictReader(file)}
+        except FileNotFoundError:
+            return {}
+        except (OSError, KeyError, csv.Error) as error:
+            raise UserError(f"{self.path / BAD_IMAGES} is damaged: {error}") from error
 
     def save(self, file: str, content: dict[str, Any]) -> bool:
         """`save_checkpoint` where the disk allows it; returns whether it did."""
@@ -155,24 +193,34 @@ class RunFolder:
         try:
             write()
         except OSError as error:
-            if file not in self._failing:
+            if file not in self._waiting:
                 older = "the older one stays" if (self.path / file).exists() else "there is no older one"
-                reason = error.strerror or error
-                print(
-                    f"warning: cannot write {self.path / file}: {reason}; {older}, the training goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self._failing.add(file)
+                text = f"cannot write {self.path / file}: {error.strerror or error}; {older}, the training goes on"
+                tell(f"warning: {text} and tries again", sys.stderr)
+            self._waiting[file] = write
             return False
-        self._failing.discard(file)
+        if self._waiting.pop(file, None):
+            tell(f"{self.path / file} could be written again", sys.stderr)
         return True
 
+    def retry(self) -> tuple[str, ...]:
+        """Attempts what could not be written once more. Returns the files that still cannot be."""
+        for file, write in tuple(self._waiting.items()):
+            self.attempt(file, write)
+        return tuple(self._waiting)
+
     def remove_remains(self) -> None:
-        """Deletes files that a process was writing when it was killed."""
-        for name in ("config.json", "metrics.csv", "dense.pt", "checkpoint.pt", "report.png"):
-            for remains in self.path.glob(f".{name}.*"):
-                remains.unlink(missing_ok=True)
+        """Deletes files that a process was writing when it was killed.
+
+        Raises:
+            UserError: it may not.
+        """
+        try:
+            for name in ("config.json", "metrics.csv", "dense.pt", "checkpoint.pt", "report.png", BAD_IMAGES):
+                for remains in self.path.glob(f".{name}.*"):
+                    remains.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+from rpg_fast._output import tell
 from rpg_fast.criteria import CRITERIA
 from rpg_fast.distributions import DISTRIBUTIONS
 from rpg_fast.rank_loss import Method
@@ -67,9 +67,6 @@ def _main(argv: list[str] | None) -> int:
             raise
         print(f"rpg-fast {arguments.name}: error: {told}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read the output wanted no more of it, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         if prints_errors():
             again = "`rpg-fast train --resume DIR` goes on with a run"
@@ -325,7 +322,8 @@ def _train(arguments: argparse.Namespace) -> int:
     batches(given, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     options = {name: value for name, value in given.items() if name in DEFAULTS}
 
-    from .run import resume, summary, train
+    from .result import summary
+    from .run import resume, train
 
     for note in given.get("notes", ()) if prints_errors() else ():
         print(f"note: {note}", file=sys.stderr)
@@ -337,7 +335,9 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         result = train(from_recipe(options), given.get("out"))
     if result is not None:
-        print(summary(result))
+        tell(summary(result))
+        if result.problem:
+            raise UserError(result.problem)
     return 0
 
 

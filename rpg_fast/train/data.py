@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class Split(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def record(self) -> dict[str, Any]:
+        """What tells these images from others, as plain values: how many there are and, of files, a hash of names."""
+        return {"images": len(self)}
 
     @abstractmethod
     def to(self, device: torch.device) -> Split:
@@ -127,6 +132,10 @@ class Dataset:
     @property
     def in_channels(self) -> int:
         return self.train.in_channels
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """`Split.record` of both splits."""
+        return {"train": self.train.record(), "test": self.test.record()}
 
     def to(self, device: torch.device) -> Dataset:
         """The same data for batches on `device`."""
@@ -265,6 +274,18 @@ def explain_lost_worker(error: RuntimeError) -> str | None:
     wrong. torch raises the error as soon as it knows, whatever the training is doing."""
     text = str(error).strip().splitlines() or [""]
     return f"a process that decodes images has ended: {text[0]}" if "DataLoader worker" in text[0] else None
+
+
+def changed_images(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """How two records of a data set differ, in words; empty if they do not."""
+    told = []
+    for split, found in now.items():
+        before = then.get(split)
+        if before != found:
+            count = before.get("images") if isinstance(before, Mapping) else "no"
+            others = " others" if count == found["images"] else ""
+            told.append(f"{split}: {found['images']}{others} now, {count} then")
+    return "; ".join(told)
 
 
 def shift_images(images: Tensor, shifts: Tensor) -> Tensor:

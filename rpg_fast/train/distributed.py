@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from .config import Stopped, UserError
 
 T = TypeVar("T")
 
-PROTOCOL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+PROTOCOL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 MIXER = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as a signed number
 SECONDS_TO_REPORT = 2.0  # in which the processes that are left say so, after one was lost
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timed out")
@@ -33,7 +33,8 @@ class LostProcess(UserError):  # noqa: N818 (named for what happened)
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train one network together; by default there is only this one.
+    """The processes that train one network together; by default there is only this one. `local_world` of them run on
+    this machine.
 
     Collectives of tensors on the CPU run on gloo, those on CUDA on NCCL; every rank has to call them at the same point.
     """
@@ -42,6 +43,7 @@ class Team:
     world: int = 1
     local_rank: int = 0
     store: Store | None = None
+    local_world: int = 1
 
     @property
     def leads(self) -> bool:
@@ -174,7 +176,7 @@ def join() -> Iterator[Team]:
         raise UserError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
     together = False
     try:
-        yield Team(rank, world, local_rank, store)
+        yield Team(rank, world, local_rank, store, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         together = True
     except Stopped:
         together = True
@@ -198,8 +200,9 @@ def end_process(status: int) -> int:
     """Returns `status`, but ends a process that torchrun has started at once: DistributedDataParallel keeps the threads
     of gloo and NCCL beyond the process group, and Python's shutdown, which they may meet, then aborts or hangs."""
     if launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(status)
     return status
 

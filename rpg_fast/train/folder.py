@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,7 +30,12 @@ BATCHES_AHEAD = 2  # that each process decodes
 
 
 def load_folder(
-    path: str | Path, *, image_size: int | None = None, workers: int | None = None, bad_images: BadImages = "stop"
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    workers: int | None = None,
+    bad_images: BadImages = "stop",
+    local_world: int = 1,
 ) -> Dataset:
     """A set of image files, its classes in the order of their names.
 
@@ -40,9 +46,10 @@ def load_folder(
         path: holds a folder `train` and one of `val` and `test` (`val` where there are both), each with one folder a
             class, the images at any depth below. Files and folders whose names begin with a dot are ignored.
         image_size: side of the images in pixels (default 224).
-        workers: processes that decode; 0: the process itself does (default: `default_workers()`).
+        workers: processes that decode; 0: the process itself does (default: `default_workers(local_world)`).
         bad_images: "stop": an image that cannot be read ends the training. "skip": it is reported, and in training the
             next one that can be read takes its place, in evaluation it is left out.
+        local_world: training processes on this machine, which share its cores.
 
     Raises:
         UserError: it names what is wrong with the folder.
@@ -62,7 +69,7 @@ def load_folder(
     _check_same_classes(root / "train", classes, test, find_classes(test))
 
     def split(folder: Path) -> FolderSplit:
-        count = default_workers() if workers is None else workers
+        count = default_workers(local_world) if workers is None else workers
         return FolderSplit(find_images(folder, classes), count, bad_images == "skip", torch.device("cpu"))
 
     return Dataset(
@@ -163,6 +170,9 @@ class FolderSplit(Split):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def record(self) -> dict[str, Any]:
+        return {"images": len(self), "names": self.files.digest()}
 
     def to(self, device: torch.device) -> FolderSplit:
         return replace(self, device=device)
@@ -282,4 +292,5 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _warn(text: str) -> None:
-    tqdm.write(f"rpg-fast: {text}", file=sys.stderr)
+    with suppress(OSError):  # a log on a full disk
+        tqdm.write(f"rpg-fast: {text}", file=sys.stderr)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rpg_fast import RankPruner
+from rpg_fast._output import tell
 
 from .checkpoint import random_states, restore_random_states, seed_everything, to_device
 from .config import TrainConfig, UserError
@@ -23,6 +24,7 @@ from .data import Batches, Dataset
 from .distributed import ALONE, Team
 from .layers import network_statistics
 from .optimization import Average, MixUp, learning_rate, make_optimizer, make_pruner, update_interval
+from .throughput import bound
 
 UPDATES_PER_CHECK = 10  # between comparisons of the ranks
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,7 +138,7 @@ class Trainer:
                     bar.set_postfix(fields)
                 elif self.team.leads:
                     figures = "  ".join(f"{name} {value}" for name, value in fields.items())
-                    print(f"{self.name}  epoch {metrics.epoch:>3}/{self.config.epochs}  {figures}", flush=True)
+                    tell(f"{self.name}  epoch {metrics.epoch:>3}/{self.config.epochs}  {figures}")
                 if not math.isfinite(metrics.mean_rank_ratio):
                     raise UserError(
                         f"the {self.name} training diverged, its weights are not finite after epoch {self.epoch}: "
@@ -240,6 +242,10 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         elif limit is not None and self.pruner is not None:
             self.pruner.clip_grad_norm_(limit)
+
+    def bad_images(self) -> dict[str, str]:
+        """The files that this process could not read and has skipped so far, with the reasons."""
+        return {**self.train_batches.bad_images, **self.test_batches.bad_images}
 
     @property
     def check_every(self) -> int:
@@ -369,5 +375,5 @@ def progress_fields(metrics: EpochMetrics) -> dict[str, str]:
         "sparsity": f"{metrics.sparsity:.2%}",
         "k/m": f"{metrics.mean_rank_ratio:.3f}",
         "images/s": f"{metrics.images_per_second:.0f}",
-        "waiting for data": f"{metrics.waiting:.1%}",
+        "waiting for data": f"{metrics.waiting:.1%} ({bound(metrics.waiting)})",
     }

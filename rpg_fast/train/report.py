@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from .checkpoint import write_file
 from .config import TrainConfig
 from .layers import LayerStatistics, NetworkStatistics
 from .loop import EpochMetrics
@@ -27,12 +29,15 @@ def draw_report(
     before: NetworkStatistics,
     after: NetworkStatistics,
 ) -> None:
-    """Writes the picture to `path` (PNG).
+    """Writes the picture to `path` (PNG), whole or not at all.
 
     Args:
         dense: epochs of the dense baseline, empty where there was none.
         before: the network that the sparse training began with.
         after: the network that it ended with.
+
+    Raises:
+        OSError: it could not be written.
     """
     figure = Figure(figsize=(13, 13.5), layout="constrained")
     grid = figure.add_gridspec(3, 1, height_ratios=(1, 1.3, 0.95))
@@ -48,7 +53,9 @@ def draw_report(
     labels = ("dense" if config.starts_dense else "initial", "sparse")
     _draw_layers(rows[1].subplots(2, 1, sharex=True), before, after, labels)
     _draw_spectra(rows[2].subplots(1, SPECTRA, sharey=True), before, after, labels)
-    figure.savefig(path, dpi=140)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=140)
+    write_file(path, picture.getbuffer())
 
 
 def _draw_accuracy(axes: Axes, dense: Sequence[EpochMetrics], sparse: Sequence[EpochMetrics]) -> None:

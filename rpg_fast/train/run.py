@@ -8,45 +8,29 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rpg_fast._output import tell
+
 from .checkpoint import RunFolder, load_checkpoint, reason
 from .config import Stopped, TrainConfig, UserError
-from .data import FOLDER, Dataset, load_digits, make_synthetic
+from .data import FOLDER, Dataset, changed_images, load_digits, make_synthetic
 from .distributed import ALONE, LostProcess, Team, join
-from .events import EventWriter, summary_writer
+from .events import EventWriter, require_tensorboard
 from .formats import read_network
-from .layers import NetworkStatistics, network_statistics
+from .layers import network_statistics
 from .loop import EpochMetrics, Trainer, place, pruned_count
 from .models import build_model
 from .report import draw_report
+from .result import RunResult
 
 TINY_IMAGE = 16  # pixels
 SMALL_IMAGE = 64  # pixels; up to here the 7x7 stem and the max-pooling would throw too much away
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What came out. `before` is the network that the sparse training began with, `after` the one that it ended with,
-    `pruned` the number of weights that the masks exclude."""
-
-    folder: Path
-    dense: tuple[EpochMetrics, ...]
-    sparse: tuple[EpochMetrics, ...]
-    before: NetworkStatistics
-    after: NetworkStatistics
-    pruned: int
-
-    @property
-    def best_sparse(self) -> EpochMetrics:
-        """The best epoch among those that are as sparse as the last: an earlier, denser one is no fair comparison."""
-        as_sparse = [row for row in self.sparse if row.sparsity == self.sparse[-1].sparsity]
-        return max(as_sparse, key=lambda row: row.test_accuracy)
 
 
 class Run:
@@ -62,10 +46,11 @@ class Run:
             by = f"--recipe {config.recipe}" if config.recipe else "--start pretrained"
             raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
         if config.tensorboard:
-            summary_writer()
+            require_tensorboard()
         self.device = team.together(lambda: choose_device(config, team))
         set_determinism(config)
-        self.dataset = team.together(lambda: load_data(config)).to(self.device)
+        self.dataset = team.together(lambda: load_data(config, team.local_world)).to(self.device)
+        self.data_record = self._agreed_record()
         choose_threads(config, self.dataset)
         self.model_arguments = model_arguments(config, self.dataset)
         torch.manual_seed(config.seed)
@@ -76,6 +61,17 @@ class Run:
         self.dense = self._trainer("dense", self.initial)
         self.sparse = self._trainer("sparse", self.initial)
         self.rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
+        self.bad_images: dict[str, str] = {}
+
+    def _agreed_record(self) -> dict[str, dict[str, Any]]:
+        """The record of the data, which every rank has to find alike."""
+        records = self.team.gather(self.dataset.record())
+        for rank, record in enumerate(records):
+            changed = changed_images(records[0], record)
+            if changed:
+                told = changed.replace(" now", f" on rank {rank}").replace(" then", " on rank 0")
+                raise UserError(f"the processes find different images in {self.dataset.name}: {told}")
+        return records[0]
 
     def _trainer(self, name: str, model: nn.Module) -> Trainer:
         return Trainer(
@@ -91,7 +87,8 @@ class Run:
         """
         config, begin = self.config, self.initial
         if self.team.leads:
-            print(self.describe(folder), flush=True)
+            tell(self.describe(folder))
+        self.bad_images = self.team.lead(folder.read_bad_images)
         with on_sigterm() as stop, self._losses_told(folder):
             if config.dense_baseline:
                 self._fit(self.dense, folder, "dense.pt", stop)
@@ -105,12 +102,14 @@ class Run:
         assert self.sparse.pruner is not None
         pruned = pruned_count(self.sparse.pruner)
         rows = {name: tuple(found) for name, found in self.rows.items()}
+        unwritten: tuple[str, ...] = ()
         if self.team.leads:
             picture = folder.path / "report.png"
             folder.attempt(
                 picture.name, lambda: draw_report(picture, config, rows["dense"], rows["sparse"], before, after)
             )
-        return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned)
+            unwritten = folder.retry()
+        return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned, self.bad_images, unwritten)
 
     def describe(self, folder: RunFolder) -> str:
         """What is trained on what, where, into which folder: one line."""
@@ -123,21 +122,22 @@ class Run:
         )
 
     def _fit(self, trainer: Trainer, folder: RunFolder, file: str, stop: threading.Event) -> None:
+        folder.retry()  # the network of the part before
         self._restore(trainer, folder, file)
         events = EventWriter(folder.path, trainer, self.config) if self.team.leads and self.config.tensorboard else None
-        saved = True
 
         def save() -> bool:
+            self._collect_bad_images(trainer, folder)
             content = self._content(trainer)
             return self.team.lead(lambda: folder.save(file, content))
 
         def on_epoch(metrics: EpochMetrics) -> None:
-            nonlocal saved
             self.rows[trainer.name].append(metrics)
             self._write_metrics(folder)
             if events is not None:
-                folder.attempt("tensorboard", lambda: events.add_epoch(metrics))
-            saved = save()
+                events.add_epoch(metrics)
+                folder.attempt(f"tensorboard/{trainer.name}", events.write)
+            save()
 
         def on_step() -> None:
             stopping = self.team.any(stop.is_set())
@@ -149,8 +149,13 @@ class Run:
                 raise Stopped(f"stopped after step {trainer.step} of the {trainer.name} training; {go_on(folder)}")
 
         trainer.run(on_epoch, on_step)
-        if not saved:
-            raise UserError(f"the trained network could not be written to {folder.path / file}; {go_on(folder)}")
+
+    def _collect_bad_images(self, trainer: Trainer, folder: RunFolder) -> None:
+        """Brings together what the processes could not read. Every rank has to call it."""
+        if self.config.reads_files and self.config.bad_images == "skip":
+            for bad in self.team.gather(trainer.bad_images()):
+                self.bad_images |= bad
+            self.bad_images = self.team.lead(lambda: folder.add_bad_images(self.bad_images))
 
     @contextmanager
     def _losses_told(self, folder: RunFolder) -> Iterator[None]:
@@ -208,7 +213,12 @@ def train(config: TrainConfig, out: Path | None = None) -> RunResult | None:
     """
     with join() as team:
         run = Run(config, team)
-        facts = {"device": device_name(run.device), "processes": team.world, "torch": torch.__version__}
+        facts = {
+            "device": device_name(run.device),
+            "processes": team.world,
+            "torch": torch.__version__,
+            "data": run.data_record,
+        }
 
         def begin() -> Path:
             folder = RunFolder.create(out, config.name)
@@ -223,14 +233,21 @@ def resume(path: Path, overrides: dict[str, Any]) -> RunResult | None:
     """Goes on with an interrupted run to the same end, on any number of processes. Returns the result on rank 0.
 
     Raises:
-        UserError: there is no run in `path`, one of its files is damaged, or what `train` raises.
+        UserError: there is no run in `path`, one of its files is damaged, the images are no longer those that it began
+            with, or what `train` raises.
     """
     with join() as team:
         folder = RunFolder(path)
-        config = TrainConfig.from_dict({**team.lead(folder.read_config), **overrides})
+        options, facts = team.lead(folder.read_config)
+        config = TrainConfig.from_dict({**options, **overrides})
         run = Run(config, team)
-        if team.leads:
-            folder.remove_remains()
+        changed = changed_images(facts["data"], run.data_record)
+        if changed:
+            raise UserError(
+                f"the images in {run.dataset.name} are not those that the run in {path} began with ({changed}): "
+                "it goes on exactly with the same ones only"
+            )
+        team.lead(folder.remove_remains)
         result = run.train(folder)
         return result if team.leads else None
 
@@ -278,34 +295,19 @@ def load_pretrained(model: nn.Module, path: Path, config: TrainConfig) -> None:
         raise UserError(f"--pretrained {path} does not fit --arch {config.arch} here: {reason(error)}") from error
 
 
-def summary(result: RunResult) -> str:
-    """What the run came to, in a few lines."""
-    before, after = result.before, result.after
-    lines = []
-    if result.dense:
-        best = max(row.test_accuracy for row in result.dense)
-        lines.append(f"dense accuracy    {result.dense[-1].test_accuracy:.2%} last, {best:.2%} best")
-    lines += [
-        f"sparse accuracy   {result.sparse[-1].test_accuracy:.2%} last, {result.best_sparse.test_accuracy:.2%} best "
-        "at the final sparsity",
-        f"sparsity          {result.pruned / after.size:.4%}: {result.pruned:,} of {after.size:,} weights are pruned",
-        f"mean rank k/m     {after.mean_rank_ratio:.3f} (before: {before.mean_rank_ratio:.3f})",
-        f"effective rank    {after.effective_rank:.1f} of {after.largest_effective_rank:.1f} possible "
-        f"(before: {before.effective_rank:.1f})",
-        f"dead filters      {after.dead_filters} of {after.filters}",
-        f"checkpoint        {result.folder / 'checkpoint.pt'}",
-        f"picture           {result.folder / 'report.png'}",
-    ]
-    return "\n".join(lines)
-
-
-def load_data(config: TrainConfig) -> Dataset:
-    """The data set that the configuration names."""
+def load_data(config: TrainConfig, local_world: int = 1) -> Dataset:
+    """The data set that the configuration names, for one of `local_world` processes on this machine."""
     if config.reads_files:
         from .folder import load_folder
 
         path = config.data[len(FOLDER) :]
-        return load_folder(path, image_size=config.image_size, workers=config.workers, bad_images=config.bad_images)
+        return load_folder(
+            path,
+            image_size=config.image_size,
+            workers=config.workers,
+            bad_images=config.bad_images,
+            local_world=local_world,
+        )
     if config.data == "digits":
         return load_digits(config.image_size)
     return make_synthetic(

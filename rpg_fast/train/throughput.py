@@ -34,16 +34,16 @@ class Throughput:
     def waiting_fraction(self) -> float:
         return self.waiting / self.seconds if self.seconds > 0 else math.nan
 
-    @property
-    def bound(self) -> str:
-        """What more speed would have to come from: "data" or "compute"."""
-        return "data" if self.waiting_fraction > DATA_BOUND else "compute"
-
     def __str__(self) -> str:
         return (
             f"{self.images_per_second:,.0f} images/s, {self.waiting_fraction:.1%} of the time waiting for data: "
-            f"{self.bound} bounds the step; first batch after {self.startup:.1f} s"
+            f"{bound(self.waiting_fraction)}; first batch after {self.startup:.1f} s"
         )
+
+
+def bound(waiting: float) -> str:
+    """What more speed would have to come from, by the share of the time spent waiting for data."""
+    return "data bound" if waiting > DATA_BOUND else "compute bound"
 
 
 class Meter:
