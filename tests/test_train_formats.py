@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import copy
 import json
 import resource
 import signal
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 import rpg_fast
 from rpg_fast.mask_formats import to_backward_masks
+from rpg_fast.train.checkpoint import load_checkpoint
 from rpg_fast.train.cli import main
-from rpg_fast.train.config import UserError
+from rpg_fast.train.config import TrainConfig, UserError
 from rpg_fast.train.export import FORMATS, export
 from rpg_fast.train.formats import SavedNetwork, read_network, recognise
 from rpg_fast.train.models import build_model
@@ -494,6 +497,245 @@ def test_a_training_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["evaluate", str(path)]) == 0
         shown.append(capsys.readouterr().out.splitlines()[1:])
     assert shown[0] == shown[1] == shown[2]
+
+
+# ----------------------------------------------------------------------------------------------------- averaged weights
+
+
+def averaged_checkpoint(path: Path) -> tuple[Path, nn.Module, nn.Module]:
+    """A checkpoint of a run with --ema-decay, the averaged and the last network."""
+    model, masks = sparse_model()
+    last = copy.deepcopy(model)
+    for parameter in last.parameters():
+        parameter.data *= 1.5
+    content = checkpoint_of(model, masks)
+    content["trainer"]["model"] = last.state_dict()
+    return saved(path, content), model, last
+
+
+def test_averaged_weights_unless_the_last_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, average, last = averaged_checkpoint(tmp_path / "checkpoint.pt")
+    for weights, model, text in (
+        ((), average, ", averaged weights"),
+        (("--weights=average",), average, ", averaged weights"),
+        (("--weights=last",), last, ", last weights, not their average"),
+    ):
+        target = tmp_path / "out"
+        assert main(["export", str(path), "--format=packed", "--force", f"--output={target}", *weights]) == 0
+        assert f"packed, resnet20{text}, " in capsys.readouterr().out
+        assert torch.equal(logits(read_network(target).model), logits(model))
+        assert main(["evaluate", str(path), *weights]) == 0
+        assert f"checkpoint of rpg-fast train{text}, k at" in capsys.readouterr().out
+        assert main(["evaluate", str(path), "--json", *weights]) == 0
+        assert json.loads(capsys.readouterr().out)["averaged"] is (model is average)
+
+
+def test_files_with_one_set_of_weights(network: SavedNetwork, capsys: pytest.CaptureFixture[str]) -> None:
+    assert network.averaged is None
+    assert torch.equal(logits(read_network(network.path, weights="last").model), logits(network.model))
+    assert main(["evaluate", str(network.path), "--weights=average"]) == 2
+    assert "has no averaged weights, only the last: it was trained without --ema-decay" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ what is told
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_exports_tell_the_training_but_no_place(format: str, tmp_path: Path) -> None:
+    content = checkpoint_of(*sparse_model())
+    secret = ("folder:/secret/images", "/secret/weights.pth", "secret-project", "cuda:7")
+    config = TrainConfig(
+        data=secret[0], pretrained=secret[1], wandb=secret[2], device=secret[3], workers=77, recipe="rpg-98", width=8
+    )
+    content["config"] = config.to_dict()
+    network = read_network(saved(tmp_path / "secret.pt", content))
+    export(network, tmp_path / "out", format)
+    written = (tmp_path / "out").read_bytes()
+    for word in (b"secret", b"cuda", str(tmp_path).encode()):
+        assert word not in written
+    again = read_network(tmp_path / "out")
+    if format == "dense":
+        assert again.config == {}
+        return
+    assert again.config.items() >= {"recipe": "rpg-98", "sparsity": 0.98, "tail_energy": 0.1, "width": 8}.items()
+    for name in ("data", "pretrained", "wandb", "device", "workers", "threads"):
+        assert name not in again.config
+    assert TrainConfig.from_dict(again.config).sparsity == 0.98
+
+
+def test_evaluation_on_other_data_and_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, masks = sparse_model(num_classes=10, in_channels=1)
+    content = checkpoint_of(model, masks, num_classes=10, in_channels=1)
+    content["config"] = TrainConfig(data="folder:/gone", workers=7, device="cuda:5", bad_images="skip").to_dict()
+    path = saved(tmp_path / "checkpoint.pt", content)
+    assert main(["evaluate", str(path), "--data=digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 445
+    assert main(["evaluate", str(path), "--data=none"]) == 0
+    assert "accuracy   not measured" in capsys.readouterr().out
+    assert main(["evaluate", str(path)]) == 2
+    assert "/gone" in capsys.readouterr().err
+    for change, text in (
+        ({"colour": 1}, "the configuration has unknown entries: colour"),
+        ({"epochs": "many"}, "the configuration has a value of a wrong type"),
+        ({"tail_energy": 3.0}, "--tail-energy must be between 0 and 1, got 3.0"),
+    ):
+        damaged = saved(tmp_path / "damaged.pt", {**content, "config": {**content["config"], **change}})
+        assert main(["evaluate", str(damaged), "--data=none"]) == 2
+        assert f"{damaged}: {text}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ other packages
+
+
+class Tokens(nn.Module):
+    """Patches, one attention, one token: what the networks of packages are made of, beside convolutions."""
+
+    def __init__(self, num_classes: int, in_channels: int = 3):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.position = nn.Parameter(torch.randn(1, 5, 8))
+        self.patches = nn.Conv2d(in_channels, 8, 4, stride=4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT  # [B, 4, 8]
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(x[:, 0])
+
+
+class Pair(nn.Module):
+    """A network with two outputs, as detectors and those with auxiliary heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv1(x), x
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for torchvision and timm."""
+    vision, models, timm = (types.ModuleType(name) for name in ("torchvision", "torchvision.models", "timm"))
+
+    def get_model(name: str, weights: None, num_classes: int) -> nn.Module:
+        if name == "pair":
+            return Pair()
+        return Tokens(num_classes) if name == "tokens" else build_model("resnet18", num_classes=num_classes)
+
+    def create_model(name: str, pretrained: bool, num_classes: int, in_chans: int) -> nn.Module:
+        assert pretrained is False
+        if name == "picky":
+            raise RuntimeError("no classes today\nor tomorrow")
+        model = Tokens(num_classes, in_chans)
+        if name == "looks" and model.token.sum() == 0:  # as some that compute their depths, not on meta
+            model.norm = nn.LayerNorm(8)
+        return model
+
+    vars(vision).update(__version__="0.28.0", models=models)
+    vars(models).update(list_models=lambda module: ["tokens", "resnet18", "pair"], get_model=get_model)
+    vars(timm).update(__version__="1.0.0", list_models=lambda: ["tokens", "picky", "looks"], create_model=create_model)
+    for module in (vision, models, timm):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
+
+
+LIBRARY_RUN = (
+    *("--data=synthetic", "--image-size=8", "--train-images=64", "--test-images=32", "--batch-size=16"),
+    *("--epochs=1", "--update-every=2", "--sparsity=0.5", "--no-dense-baseline", "--threads=1"),
+)
+
+
+@pytest.mark.parametrize("arch", ["torchvision:tokens", "timm:tokens", "timm:looks", "timm:tokens.in1k"])
+def test_networks_of_other_packages_are_trained_evaluated_and_exported(
+    arch: str, packages: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *LIBRARY_RUN, f"--arch={arch}", "--ema-decay=0.5", f"--out={run}"]) == 0
+    weights = read_network(run)
+    assert weights.arguments["arch"] == arch
+    assert type(weights.model) is Tokens
+    accuracy = load_checkpoint(run / "checkpoint.pt")["metrics"][-1]["test_accuracy"]
+    for format in FORMATS:
+        assert main(["export", str(run), f"--format={format}", f"--output={tmp_path / format}"]) == 0
+        options = [f"--arch={arch}", "--data=synthetic", "--image-size=8"] if format == "dense" else []
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / format), "--json", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["model"]["arch"] == arch
+        assert format == "dense" or found["accuracy"] == accuracy
+        again = read_network(tmp_path / format, arch=arch)
+        x = torch.randn(3, 3, 8, 8)
+        assert torch.equal(again.model(x), weights.model(x))
+        assert again.arguments["num_classes"] == 10
+    given = (f"--pretrained={tmp_path / 'dense'}", "--start=pretrained")
+    assert main(["train", *LIBRARY_RUN, f"--arch={arch}", *given, f"--out={tmp_path / 'again'}"]) == 0
+
+
+def test_the_channels_of_a_package_s_network(packages: None, tmp_path: Path) -> None:
+    path = saved(tmp_path / "weights.pt", Tokens(6, in_channels=2).state_dict())
+    assert read_network(path, arch="timm:tokens").arguments["in_channels"] == 2
+    assert "patches.weight has shape (8, 2, 4, 4), wanted (8, 3, 4, 4)" in refused(path, arch="torchvision:tokens")
+    assert "(for another one, --arch torchvision:NAME or timm:NAME)" in refused(path)
+
+
+def test_names_and_images_that_a_package_does_not_take(
+    packages: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arch, options, text in (
+        ("torchvision:token", (), "torchvision 0.28.0 has no network 'token'; close are tokens\n"),
+        ("timm:x", (), "--arch timm:x is unknown: timm 1.0.0 has no network 'x'\n"),
+        ("timm:picky", (), "--arch timm:picky cannot be built for 10 classes: no classes today\n"),
+        ("torchvision:pair", (), "--arch torchvision:pair gives a tuple in training, wanted one tensor of logits\n"),
+        ("torchvision:tokens", ("--image-size=12",), "takes no images of 12 x 12 pixels with 3 channels (--image-size"),
+        ("torchvision:tokens", ("--width=4",), "--width is for the networks of rpg-fast, not for torchvision:tokens\n"),
+        ("timm:tokens", ("--stem=small",), "--stem is for the networks of rpg-fast"),
+    ):
+        assert main(["train", *LIBRARY_RUN, f"--arch={arch}", *options, f"--out={tmp_path / 'run'}"]) == 2
+        assert text in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert main(["train", "--arch=torchvision:resnet18", f"--out={tmp_path / 'run'}"]) == 2  # digits are grey
+    assert "--arch torchvision:resnet18 takes images of 3 channels, got 1" in capsys.readouterr().err
+
+
+def test_packages_that_are_not_there(
+    network: SavedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    run = ["train", *LIBRARY_RUN, "--arch=timm:resnet50", f"--out={tmp_path / 'run'}"]
+    needed = (
+        "timm:resnet50 needs the package timm, which is not installed: "
+        f"pip install timm torch=={torch.__version__} (the version that is there, so that pip leaves it alone)\n"
+    )
+    assert main(run) == 2
+    assert capsys.readouterr().err == f"rpg-fast train: error: --arch {needed}"
+    assert not (tmp_path / "run").exists()
+    weights = saved(tmp_path / "weights.pt", network.state_dict)
+    for command in (["evaluate"], ["export", "--format=dense", f"--output={tmp_path / 'out'}"]):
+        assert main([*command, str(weights), "--arch=timm:resnet50"]) == 2
+        assert capsys.readouterr().err.endswith(needed)
+
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(
+        ValueError, match="cannot be imported: operator torchvision::nms does not exist; is it made for"
+    ):
+        build_model("torchvision:resnet50", num_classes=3)
+
+
+def test_resnets_of_torchvision_with_its_package() -> None:
+    """The real one, where it is installed."""
+    pytest.importorskip("torchvision.models")
+    ours, theirs = (build_model(f"{prefix}resnet50", num_classes=7) for prefix in ("", "torchvision:"))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

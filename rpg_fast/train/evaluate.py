@@ -6,18 +6,18 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, UserError
 from .data import Dataset
-from .export import add_source
-from .formats import SavedNetwork, read_network
+from .export import add_source, read_source, which_weights
+from .formats import SavedNetwork
 from .layers import NetworkStatistics, layer_table, network_statistics
-from .models import ARCHITECTURES
 from .sparse_cost import NetworkCost, network_cost
 
 NO_DATA = "none"
+OF_DATA = ("classes", "train_images", "test_images", "workers", "bad_images")  # options of some data sets alone
+OF_MACHINE = ("device", "threads", "workers")
 OPTIONS = tuple(field.name for field in fields(TrainConfig))
 
 
@@ -41,6 +41,7 @@ class Evaluation:
             "file": str(self.network.path),
             "kind": self.network.kind,
             "model": self.network.arguments,
+            "averaged": self.network.averaged,
             "data": self.data,
             "images": self.images,
             "accuracy": self.accuracy,
@@ -80,7 +81,8 @@ class Evaluation:
         on = f" on {self.data}" if self.data else ""
         measured = "not measured: no --data" if self.accuracy is None else f"{self.accuracy:.2%}"
         lines = [
-            f"{network.arguments['arch']}{on}, {network.kind}, k at tail energy {self.tail_energy:g}",
+            f"{network.arguments['arch']}{on}, {network.kind}{which_weights(network)}, "
+            f"k at tail energy {self.tail_energy:g}",
             "",
             layer_table(statistics),
             "",
@@ -95,29 +97,21 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(
-    path: Path, *, arch: str | None = None, trust_pickle: bool = False, overrides: dict[str, Any]
-) -> Evaluation:
-    """Evaluates any file that `read_network` reads.
+def evaluate(network: SavedNetwork, overrides: dict[str, Any]) -> Evaluation:
+    """Evaluates a network from a file.
 
     Args:
         overrides: options of `TrainConfig` that replace those of the file; ``data="none"`` measures no accuracy, which
             is also so where neither names any data.
 
     Raises:
-        UserError: the file or an option is no good, or the model does not fit the data.
+        UserError: an option is no good, here or in the file, or the model does not fit the data.
     """
     from .loop import accuracy, evaluation_batches, place
     from .run import choose_device, choose_threads, load_data
 
-    network = read_network(path, arch=arch, trust_pickle=trust_pickle)
     data = overrides.get("data", network.config.get("data", NO_DATA))
-    options = {**network.config, **overrides}
-    if not network.config and network.arguments["arch"] in ARCHITECTURES:
-        options["arch"] = network.arguments["arch"]
-    if data == NO_DATA:
-        options["data"] = network.config.get("data", TrainConfig.data)
-    config = TrainConfig.from_dict(options)
+    config = _configuration(network, overrides)
     device = choose_device(config)
     model = place(network.model, device, config)
     measured, images, image_size = None, 0, config.image_size or _usual_size(network)
@@ -136,6 +130,19 @@ def evaluate(
         _with_masks(network_statistics(model, config.tail_energy), network),
         _cost(network, image_size),
     )
+
+
+def _configuration(network: SavedNetwork, overrides: dict[str, Any]) -> TrainConfig:
+    """That of the training, as far as it is about the network and the data that are evaluated."""
+    trained_on = network.config.get("data", TrainConfig.data)
+    data = overrides.get("data", trained_on)
+    leave = {*OF_MACHINE, *(OF_DATA if data != trained_on else ())}
+    kept = {name: value for name, value in network.config.items() if name not in leave}
+    try:
+        kept = TrainConfig.from_dict({**kept, "arch": network.arguments["arch"]}).to_dict()
+    except UserError as error:
+        raise UserError(f"{network.path}: {error}") from error
+    return TrainConfig.from_dict({**kept, **overrides, "data": trained_on if data == NO_DATA else data})
 
 
 def _check_fit(network: SavedNetwork, dataset: Dataset) -> None:
@@ -191,7 +198,9 @@ def add_evaluate(commands: Any) -> None:
     add_source(parser)
     parser.add_argument("--data", help="the data set, or none: no accuracy (default: that of the training)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="another side of the images")
-    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="a quarter of the images of one forward pass")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode the images of a folder")
+    parser.add_argument("--bad-images", choices=("stop", "skip"), help="what to do with an image that cannot be read")
     parser.add_argument("--tail-energy", type=float, metavar="FRACTION", help="another tail energy for the ranks")
     parser.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, metavar="N")
@@ -201,8 +210,6 @@ def add_evaluate(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     overrides = {name: value for name, value in given.items() if name in OPTIONS and name != "arch"}
-    result = evaluate(
-        arguments.checkpoint, arch=arguments.arch, trust_pickle=arguments.trust_pickle, overrides=overrides
-    )
+    result = evaluate(read_source(arguments), overrides)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result.render())
     return 0

@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import write_file
 from .config import UserError
+from .data import DATASETS
 from .formats import CSR, PACKED, SavedNetwork, read_network
 from .packed import pack, to_csr
+
+TOLD = (
+    *("arch", "width", "stem", "zero_init_residual", "image_size", "classes", "train_images", "test_images"),
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "warmup_epochs"),
+    *("label_smoothing", "clip_grad_norm", "mixup", "ema_decay", "sparsity", "keep_dense", "distribution"),
+    *("criterion", "schedule", "update_every", "prune_until", "update_until", "drop_fraction", "rank_weight"),
+    *("rank_every", "tail_energy", "min_sparsity", "semantics", "grow_steps", "autocast", "channels_last", "seed"),
+    "recipe",
+)
+"""Options of the training that exported files tell: none that names a place or a machine."""
 
 FORMATS = {
     "dense": "a state_dict for torch.load(weights_only=True), nothing else in it",
@@ -43,17 +53,7 @@ def export(network: SavedNetwork, output: Path, format: str, *, force: bool = Fa
         raise UserError(f"{output} exists already: --force replaces it")
     content = {"dense": _dense, "safetensors": _safetensors, "packed": _packed, "csr": _csr}[format](network)
     try:
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, output)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_file(output, content)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
@@ -80,7 +80,7 @@ def _csr(network: SavedNetwork) -> bytes | memoryview:
             "state_dict": to_csr(network.state_dict, network.masks),
             "shapes": {name: list(mask.shape) for name, mask in network.masks.items()},
             "model": network.arguments,
-            "config": network.config,
+            "config": _told(network.config),
         }
     )
 
@@ -98,7 +98,13 @@ def _safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _facts(network: SavedNetwork) -> dict[str, str]:
-    return {"model": json.dumps(network.arguments), "config": json.dumps(network.config)}
+    return {"model": json.dumps(network.arguments), "config": json.dumps(_told(network.config))}
+
+
+def _told(config: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate` and a reader need of the configuration; the data only where they are built in."""
+    told = {name: config[name] for name in TOLD if name in config}
+    return {**told, "data": config["data"]} if config.get("data") in DATASETS else told
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -133,7 +139,14 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--arch",
         metavar="NAME",
         default=None,
-        help="architecture of a file that does not tell (default: the one whose names and shapes fit)",
+        help="architecture of a file that does not tell, torchvision:NAME and timm:NAME too (default: the one of ours "
+        "whose names and shapes fit)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("average", "last"),
+        default=None,
+        help="of a training with --ema-decay: the average, which it tested and reported (default), or the last weights",
     )
     parser.add_argument(
         "--trust-pickle",
@@ -144,15 +157,31 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_source(arguments: argparse.Namespace) -> SavedNetwork:
+    """The network that the options of `add_source` name."""
+    return read_network(
+        arguments.checkpoint,
+        arch=arguments.arch,
+        trust_pickle=arguments.trust_pickle,
+        weights=arguments.weights,
+    )
+
+
+def which_weights(network: SavedNetwork) -> str:
+    """Which weights were taken of a file that has two sets, to be put after its kind."""
+    if network.averaged is None:
+        return ""
+    return ", averaged weights" if network.averaged else ", last weights, not their average"
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    network = read_network(arguments.checkpoint, arch=arguments.arch, trust_pickle=arguments.trust_pickle)
+    network = read_source(arguments)
     export(network, arguments.output, arguments.format, force=arguments.force)
     size = sum(mask.numel() for mask in network.masks.values())
     kept = sum(int(mask.sum()) for mask in network.masks.values())
     dense = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict.values())
     written = arguments.output.stat().st_size
-    print(
-        f"{arguments.output}: {arguments.format}, {network.arguments['arch']}, {1 - kept / size:.4%} sparse, "
-        f"{written:,} bytes (the tensors uncompressed: {dense:,})"
-    )
+    what = f"{arguments.format}, {network.arguments['arch']}{which_weights(network)}"
+    size_told = f"{written:,} bytes (the tensors uncompressed: {dense:,})"
+    print(f"{arguments.output}: {what}, {1 - kept / size:.4%} sparse, {size_told}")
     return 0

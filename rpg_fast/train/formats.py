@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from rpg_fast.mask_formats import from_backward_masks
 from rpg_fast.masks import MaskLayout
 
 from .config import UserError
-from .models import ARCHITECTURES, build_model
+from .models import ARCHITECTURES, build_model, is_library
 from .packed import from_csr, unpack
 from .pickles import first_line, load_pickle
 
@@ -28,7 +28,10 @@ WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROBE_CLASSES = 1021  # no other layer has as many outputs, so this finds the classifier
+PROBE_CHANNELS = 1019  # and this the first layer
 SHOWN = 3  # differences that an error lists
+
+Weights = Literal["average", "last"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class SavedNetwork:
         state_dict: the tensors of the file under the model's names, in the file's dtypes.
         masks: {name: bool} of all prunable weights: the file's masks, or else where weights are not zero.
         config: the options of its training; empty where the file does not tell.
+        averaged: whether the weights are the moving average of those in training; None where the file has one set.
     """
 
     path: Path
@@ -51,11 +55,13 @@ class SavedNetwork:
     state_dict: dict[str, Tensor]
     masks: dict[str, Tensor]
     config: dict[str, Any]
+    averaged: bool | None = None
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What a reader found. `backward_masks` are the published code's: a list in the order of the weights."""
+    """What a reader found. `backward_masks` are the published code's: a list in the order of the weights; `last` are
+    the weights in training, where `state_dict` is their average."""
 
     kind: str
     state_dict: Mapping[str, Tensor]
@@ -63,9 +69,12 @@ class _Content:
     config: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     backward_masks: Any = None
+    last: Mapping[str, Tensor] | None = None
 
 
-def read_network(path: Path, *, arch: str | None = None, trust_pickle: bool = False) -> SavedNetwork:
+def read_network(
+    path: Path, *, arch: str | None = None, trust_pickle: bool = False, weights: Weights | None = None
+) -> SavedNetwork:
     """Reads a network from any file that this program or its neighbours write, told apart by content: a checkpoint or
     an export of rpg-fast, a checkpoint of the published RPG code, a state_dict (bare, or under "state_dict" or "model")
     of torch.save or safetensors. Prefixes of wrappers ("module.") are taken off the names.
@@ -73,6 +82,8 @@ def read_network(path: Path, *, arch: str | None = None, trust_pickle: bool = Fa
     Args:
         arch: the architecture where the file does not tell; by default the one of `models` that fits the shapes.
         trust_pickle: see `pickles.load_pickle`.
+        weights: of a training with averaged weights: "average", those that it tested and reported (default), or "last",
+            those that it trained.
 
     Raises:
         UserError: no such file, a truncated or foreign one, names or shapes that fit no architecture, masks that do not
@@ -88,12 +99,22 @@ def read_network(path: Path, *, arch: str | None = None, trust_pickle: bool = Fa
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     try:
-        state_dict = _plain_names(content.state_dict)
+        chosen, averaged = _chosen(content, weights)
+        state_dict = _plain_names(chosen)
         model, arguments = _restore(state_dict, content.arguments, arch)
         masks = _masks(content, model, state_dict)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
-    return SavedNetwork(path, content.kind, model, arguments, state_dict, masks, content.config)
+    return SavedNetwork(path, content.kind, model, arguments, state_dict, masks, content.config, averaged)
+
+
+def _chosen(content: _Content, weights: Weights | None) -> tuple[Mapping[str, Tensor], bool | None]:
+    """One of the sets of weights in a file, and whether it is an average, if there are two."""
+    if content.last is None:
+        if weights == "average":
+            raise ValueError("has no averaged weights, only the last: it was trained without --ema-decay")
+        return content.state_dict, None
+    return (content.last, False) if weights == "last" else (content.state_dict, True)
 
 
 # ----------------------------------------------------------------------------------------------------------- containers
@@ -151,7 +172,8 @@ def _read_checkpoint(content: Mapping[str, Any]) -> _Content:
     if holder.get("pruner") is not None:
         masks = _from_packed_state(_entry(_entry(holder, "pruner", dict), "masks", dict))
     config, arguments = _entry(content, "config", dict), _entry(content, "model", dict)
-    return _Content("checkpoint of rpg-fast train", _weights(content), arguments, config, masks)
+    last = None if holder.get("model") is None or holder is content else _tensors(_entry(holder, "model", dict))
+    return _Content("checkpoint of rpg-fast train", _weights(content), arguments, config, masks, last=last)
 
 
 def _entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -243,28 +265,42 @@ def recognise(state_dict: Mapping[str, Tensor], architectures: Iterable[str] = A
         raise ValueError(f"the weights do not fit {closest}: {_listed(differences)}")
     known = ", ".join(arch for _, arch in attempts)
     raise ValueError(
-        f"the weights fit none of {known} (for another one, --arch NAME); closest is {closest}: {_listed(differences)}"
+        f"the weights fit none of {known} (for another one, --arch torchvision:NAME or timm:NAME); "
+        f"closest is {closest}: {_listed(differences)}"
     )
 
 
 def _arguments(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    probe = _skeleton({"arch": arch, "num_classes": PROBE_CLASSES})
-    classifier = next(name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,))
-    first = next(name for name, tensor in probe.items() if tensor.dim() == 4)
-    head, stem = state_dict.get(classifier, probe[classifier]), state_dict.get(first, probe[first])
-    head = head if head.dim() == probe[classifier].dim() else probe[classifier]
-    stem = stem if stem.dim() == probe[first].dim() else probe[first]
-    arguments: dict[str, Any] = {"arch": arch, "num_classes": max(1, len(head)), "in_channels": max(1, stem.shape[1])}
-    if arch in ARCHITECTURES:
-        arguments["width"] = max(1, len(stem))
-        arguments["stem"] = "imagenet" if stem.shape[-1] == 7 else "small"
+    channels = 3 if arch.startswith("torchvision:") else PROBE_CHANNELS
+    probe = _skeleton({"arch": arch, "num_classes": PROBE_CLASSES, "in_channels": channels})
+    classifier = next((name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,)), None)
+    first = next((name for name, tensor in probe.items() if tensor.shape[1:2] == (PROBE_CHANNELS,)), None)
+    arguments: dict[str, Any] = {"arch": arch, "num_classes": 1, "in_channels": 3}
+    if (head := _like(classifier, probe, state_dict)) is not None:
+        arguments["num_classes"] = max(1, len(head))
+    if (stem := _like(first, probe, state_dict)) is not None:
+        arguments["in_channels"] = max(1, stem.shape[1])
+        if arch in ARCHITECTURES:
+            arguments["width"] = max(1, len(stem))
+            arguments["stem"] = "imagenet" if stem.shape[-1] == 7 else "small"
     return arguments
 
 
+def _like(name: str | None, probe: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor of that name, if it has as many dimensions as the one in `probe`."""
+    tensor = state_dict.get(name or "")
+    return tensor if name is not None and tensor is not None and tensor.dim() == probe[name].dim() else None
+
+
 def _skeleton(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names and shapes of a network, without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(**arguments).state_dict()
+    """Names and shapes of a network, without memory for its weights where its code allows that."""
+    try:
+        with torch.device("meta"):
+            return build_model(**arguments).state_dict()
+    except ValueError:
+        if not is_library(str(arguments.get("arch"))):
+            raise
+        return build_model(**arguments).state_dict()  # code that looks at values
 
 
 def _differences(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -217,11 +217,11 @@ def _from_library(arch: str, num_classes: int, in_channels: int) -> nn.Module:
     library, _, name = arch.partition(":")
     package = _import(library, arch)
     models = package.models if library == "torchvision" else package
-    known = models.list_models()
+    known = models.list_models(module=models) if library == "torchvision" else models.list_models()
     if name.partition(".")[0] not in known:  # timm's names may have the training of weights behind a dot
         close = difflib.get_close_matches(name, known, 3)
         hint = f"; close are {', '.join(close)}" if close else ""
-        raise ValueError(f"{library} {package.__version__} has no network {name!r}{hint}")
+        raise ValueError(f"{arch} is unknown: {library} {package.__version__} has no network {name!r}{hint}")
     if library == "torchvision" and in_channels != 3:
         raise ValueError(f"{arch} takes images of 3 channels, got {in_channels}")
     try:
@@ -250,24 +250,28 @@ def _import(library: str, arch: str) -> Any:
         ) from error
 
 
-def check_network(model: nn.Module, *, num_classes: int, in_channels: int, image_size: int) -> None:
-    """Follows the shapes of two images through `model` in training, without arithmetic.
+def check_network(model: nn.Module, arguments: Mapping[str, Any], image_size: int) -> None:
+    """Follows the shapes of two images through a model in training, without arithmetic.
+
+    Args:
+        arguments: of `build_model`.
 
     Raises:
         ValueError: it does not take images [2, in_channels, image_size, image_size], or does not give logits
             [2, num_classes].
     """
+    arch, channels, wanted = arguments["arch"], arguments["in_channels"], (2, arguments["num_classes"])
     shapes = copy.deepcopy(model).to("meta").train()
-    images = torch.empty(2, in_channels, image_size, image_size, device="meta")
     try:
         with torch.no_grad():
-            logits = shapes(images)
+            logits = shapes(torch.empty(2, channels, image_size, image_size, device="meta"))
     except NotImplementedError:  # it looks at values, which only training can show
         return
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"takes no images of {image_size} pixels with {in_channels} channels: {reason}") from error
+        size = f"{image_size} x {image_size} pixels with {channels} channels"
+        raise ValueError(f"{arch} takes no images of {size} (--image-size changes it): {reason}") from error
     if not isinstance(logits, Tensor):
-        raise ValueError(f"gives a {type(logits).__name__} in training, wanted one tensor of logits")
-    if logits.shape != (2, num_classes):
-        raise ValueError(f"gives {tuple(logits.shape)} for 2 images, wanted logits of shape {(2, num_classes)}")
+        raise ValueError(f"{arch} gives a {type(logits).__name__} in training, wanted one tensor of logits")
+    if logits.shape != wanted:
+        raise ValueError(f"{arch} gives {tuple(logits.shape)} for 2 images, wanted logits of shape {wanted}")

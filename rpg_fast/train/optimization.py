@@ -14,13 +14,16 @@ import rpg_fast
 
 from .config import TrainConfig, UserError
 
+DECAYED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on the weights of convolutions and linear layers and on nothing else."""
-    weights = list(rpg_fast.prunable_weights(model).values())
-    decayed = {id(weight) for weight in weights}
+    """The optimizer, with weight decay on what layers of the types `DECAYED` multiply by, whatever its name, and on
+    nothing else: not on biases, norms, embeddings, tokens."""
+    layers = [module for module in model.modules() if isinstance(module, DECAYED)]
+    decayed = {id(p): p for layer in layers for p in layer.parameters(recurse=False) if p.dim() > 1}
     groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
     lr = learning_rate(0, 1, config)
