@@ -25,7 +25,8 @@ from .events import EventWriter, require_tensorboard
 from .formats import read_network
 from .layers import network_statistics
 from .loop import EpochMetrics, Trainer, place, pruned_count
-from .models import build_model
+from .models import ARCHITECTURES, build_model, check_network
+from .online import OnlineRun, import_wandb
 from .report import draw_report
 from .result import RunResult
 
@@ -47,6 +48,8 @@ class Run:
             raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
         if config.tensorboard:
             require_tensorboard()
+        if config.wandb is not None:
+            import_wandb()
         self.device = team.together(lambda: choose_device(config, team))
         set_determinism(config)
         self.dataset = team.together(lambda: load_data(config, team.local_world)).to(self.device)
@@ -54,13 +57,14 @@ class Run:
         choose_threads(config, self.dataset)
         self.model_arguments = model_arguments(config, self.dataset)
         torch.manual_seed(config.seed)
-        model = build_model(**self.model_arguments)
+        model = new_model(self.model_arguments, self.dataset.image_size)
         if config.pretrained is not None:
             load_pretrained(model, Path(config.pretrained), config)
         self.initial = place(model, self.device, config)
         self.dense = self._trainer("dense", self.initial)
         self.sparse = self._trainer("sparse", self.initial)
         self.rows: dict[str, list[EpochMetrics]] = {"dense": [], "sparse": []}
+        self.online = OnlineRun()
         self.bad_images: dict[str, str] = {}
 
     def _agreed_record(self) -> dict[str, dict[str, Any]]:
@@ -89,7 +93,9 @@ class Run:
         if self.team.leads:
             tell(self.describe(folder))
         self.bad_images = self.team.lead(folder.read_bad_images)
-        with on_sigterm() as stop, self._losses_told(folder):
+        if config.wandb is not None:
+            self.team.lead(lambda: self.online.start(folder.path, config))
+        with self.online, on_sigterm() as stop, self._losses_told(folder):
             if config.dense_baseline:
                 self._fit(self.dense, folder, "dense.pt", stop)
                 if config.starts_dense:
@@ -137,6 +143,7 @@ class Run:
             if events is not None:
                 events.add_epoch(metrics)
                 folder.attempt(f"tensorboard/{trainer.name}", events.write)
+            self.online.add(metrics)
             save()
 
         def on_step() -> None:
@@ -272,14 +279,29 @@ def on_sigterm() -> Iterator[threading.Event]:
 
 def model_arguments(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """The arguments of `build_model` for this data; stored in the checkpoint so that the model needs no data set."""
+    small = config.arch in ARCHITECTURES and dataset.image_size <= SMALL_IMAGE
     return {
         "arch": config.arch,
         "num_classes": dataset.num_classes,
         "in_channels": dataset.in_channels,
-        "stem": config.stem or ("small" if dataset.image_size <= SMALL_IMAGE else None),
+        "stem": config.stem or ("small" if small else None),
         "width": config.width,
         "zero_init_residual": config.zero_init_residual,
     }
+
+
+def new_model(arguments: dict[str, Any], image_size: int) -> nn.Module:
+    """The model of `model_arguments`, with random weights.
+
+    Raises:
+        UserError: it cannot be built, or does not fit the images.
+    """
+    try:
+        model = build_model(**arguments)
+        check_network(model, arguments, image_size)
+    except ValueError as error:
+        raise UserError(f"--arch {error}") from error
+    return model
 
 
 def load_pretrained(model: nn.Module, path: Path, config: TrainConfig) -> None:
