@@ -27,9 +27,14 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def wrong(self) -> str:
+        """What is wrong with its result; empty if nothing is."""
+        return str(self.facts.get("wrong", ""))
+
+    @property
     def representative(self) -> bool:
         """Whether it does the whole job, as well as others do."""
-        good = not self.facts.get("inaccurate", False)
+        good = not (self.facts.get("inaccurate", False) or self.wrong or self.facts.get("part", False))
         if self.role == "ours":
             good = good and self.facts.get("gradient_error", 0.0) <= FP32_GRADE
         return good and self.facts.get("calls", 1) == 1

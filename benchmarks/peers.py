@@ -38,17 +38,26 @@ def svd_loop(
     driver: str | None = None,
     layer: Callable[..., Tensor | None] | None = None,
 ) -> float:
+    """`svd_loss` and its backward pass. Adds to `.grad`, returns the loss."""
+    mean = svd_loss(weights, tail_energy, driver, layer)
+    mean.backward()
+    return mean.item()
+
+
+def svd_loss(
+    weights: Sequence[Tensor],
+    tail_energy: float,
+    driver: str | None = None,
+    layer: Callable[..., Tensor | None] | None = None,
+) -> Tensor:
     """The rank loss as published: layer by layer a full SVD by cuSOLVER's `driver`, host reads of norm, rank and loss,
-    autograd through the norm and the residual. Adds to `.grad`, returns the loss. `layer`: `published_layer`, or that
-    compiled."""
+    autograd through the norm and the residual. `layer`: `published_layer`, or that compiled."""
     losses = []
     for weight in weights:
         loss = (layer or published_layer)(weight, tail_energy, driver)
         if loss is not None and loss.item() != 0:
             losses.append(loss)
-    mean = torch.stack(losses).mean()
-    mean.backward()
-    return mean.item()
+    return torch.stack(losses).mean()
 
 
 def published_layer(weight: Tensor, tail_energy: float, driver: str | None) -> Tensor | None:

@@ -7,7 +7,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,10 +40,12 @@ class Contestant:
         calls: how often `run` does the job; times are those of one.
         work: what the job costs, asked for when the contestant has run.
         missing: why it does not run at all; empty if it does.
+        mean_of: {contestant: calls in a period} of one that does not run: its times are the weighted mean of theirs,
+            round by round; those that ran in fewer rounds count with their median.
     """
 
     name: str
-    run: Callable[[], Any]
+    run: Callable[[], Any] = lambda: None
     outcome: Callable[[Any], Any] | None = None
     reset: Callable[[], None] | None = None
     fresh: bool = False
@@ -53,6 +55,7 @@ class Contestant:
     calls: int = 1
     work: Callable[[], Work] | None = None
     missing: str = ""
+    mean_of: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -113,12 +116,14 @@ class Race:
     Args:
         title: group in pytest-benchmark's table.
         contestants: in any order. Ours run first and peers that compile last.
-        agree: {name: outcome} -> {name: {measure: value}} for the report; raises AssertionError where results differ.
+        agree: {name: outcome} -> {name: {measure: value}} for the report; the measure "wrong" says in words what is
+            wrong with a result: its test fails when its time is recorded, and there are no ratios.
         full: False runs everything once, for the comparison of results alone.
         rates: ceilings of the device, for the shares of them that contestants with `work` reach.
         seconds: about how long the rounds last.
         slow: a contestant that takes more seconds runs once.
         details: more facts for every row of the report.
+        baseline: the contestant to whose time the others add: `overhead`, the fraction that they do, is in their facts.
         began: time.monotonic() at the beginning of a stage that must end: who has not begun STAGE_S later is missing,
             and who takes more than a tenth of `slow` then runs once. None: there is time for everyone.
 
@@ -137,10 +142,11 @@ class Race:
         slow: float = SLOW_S,
         details: dict[str, Any] | None = None,
         began: float | None = None,
+        baseline: str = "",
     ):
         self.title, self.contestants, self.agree, self.full = title, list(contestants), agree, full
         self.rates, self.seconds, self.slow, self.details = rates, seconds, slow, details or {}
-        self.began = began
+        self.began, self.baseline = began, baseline
         self.laps: dict[str, list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
@@ -158,8 +164,12 @@ class Race:
         benchmark.extra_info.update(self.facts[name])
         CLOCK.wind(self.laps[name])
         benchmark.pedantic(CLOCK.advance, rounds=len(self.laps[name]))
+        if wrong := self.facts[name].get("wrong"):
+            pytest.fail(f"{name}: {wrong}")
 
     def _run(self, contestants: list[Contestant]) -> None:
+        means = [c for c in contestants if c.mean_of]
+        contestants = [c for c in contestants if not c.mean_of]
         self.missing |= {c.name: c.missing for c in contestants if c.missing}
         contestants = [c for c in contestants if not c.missing]
         contestants = sorted([*contestants, *self._captured(contestants)], key=lambda c: (not c.ours, c.compiles))
@@ -185,10 +195,31 @@ class Race:
         laps = {name: [seconds] for name, seconds in expected.items()}
         if self.full:
             laps |= take_turns([c for c in contestants if expected[c.name] <= self.slow], expected, self.seconds)
+        for mean in means:
+            self._add_mean(mean, laps, measures, peaks)
+        contestants += [mean for mean in means if mean.name in laps]
+        parts = {name for mean in means for name in mean.mean_of}
         for c in contestants:
-            facts = measures.get(c.name, {}) | self._facts(c, contestants, laps)
+            facts = measures.get(c.name, {}) | self._facts(c, contestants, laps, measures) | {"part": c.name in parts}
             self.facts[c.name] = facts | ({"peak_bytes": peaks[c.name]} if peaks[c.name] else {})
         self.laps = laps
+
+    def _add_mean(
+        self,
+        mean: Contestant,
+        laps: dict[str, list[float]],
+        measures: dict[str, dict[str, Any]],
+        peaks: dict[str, int],
+    ) -> None:
+        """The laps of one that does not run, and what is wrong with its parts."""
+        if absent := [name for name in mean.mean_of if name not in laps]:
+            self.missing[mean.name] = f"{absent[0]}: {self.missing.get(absent[0], 'has not run')}"
+            return
+        laps[mean.name] = weighted_mean([(calls, laps[name]) for name, calls in mean.mean_of.items()])
+        peaks[mean.name] = max(peaks[name] for name in mean.mean_of)
+        wrong = [f"{name}: {text}" for name in mean.mean_of if (text := measures.get(name, {}).get("wrong"))]
+        if wrong:
+            measures[mean.name] = {"wrong": "; ".join(wrong)}
 
     def _late(self) -> str:
         """Why nobody may begin any more; empty if there is time."""
@@ -210,23 +241,42 @@ class Race:
             seconds = lap(contestant)[0]
         return seconds, peak
 
-    def _facts(self, mine: Contestant, contestants: list[Contestant], laps: dict[str, list[float]]) -> dict[str, Any]:
+    def _facts(
+        self,
+        mine: Contestant,
+        contestants: list[Contestant],
+        laps: dict[str, list[float]],
+        measures: dict[str, dict[str, Any]],
+    ) -> dict[str, Any]:
+        wrong = {name for name, found in measures.items() if found.get("wrong")}
         median = statistics.median(laps[mine.name])
         facts = self.details | {
             "contestant": mine.name,
             "setting": mine.setting,
             "calls": mine.calls,
-            "role": "ours" if mine.ours else "peer" if mine.outcome else "bound",
+            "role": self._role(mine),
             "slow_ran_once": self.full and laps[mine.name][0] > self.slow,
             "missing": self.missing,
         }
+        if mine.mean_of:
+            facts["mean_of"] = dict(mine.mean_of)
+        if self.baseline in laps and mine.name != self.baseline:
+            facts["overhead"] = median / statistics.median(laps[self.baseline]) - 1
         if mine.ours:
             facts["times_faster_than"] = {
-                c.name: statistics.median(laps[c.name]) / median for c in contestants if not c.ours
+                c.name: statistics.median(laps[c.name]) / median
+                for c in contestants
+                if not c.ours and not wrong & {c.name, mine.name}
             }
         if mine.work and self.rates:
             facts |= mine.work().facts(median, self.rates)
         return facts
+
+    def _role(self, contestant: Contestant) -> str:
+        if contestant.ours:
+            return "ours"
+        computes = contestant.outcome or contestant.mean_of
+        return "peer" if computes and contestant.name != self.baseline else "bound"
 
     def _captured(self, contestants: list[Contestant]) -> Iterator[Contestant]:
         """A captured copy of every contestant that asks for one; `missing` says why another has none."""
@@ -266,6 +316,14 @@ class Pace:
     def learn(self, race: Race, cost: float) -> None:
         for name, laps in race.laps.items():
             self.seconds_per_cost[name] = (min(laps) / cost, race.title)
+
+
+def weighted_mean(parts: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+    """(weight, seconds of every round) -> the mean in every round of the part that ran in most of them."""
+    rounds = max(len(laps) for _, laps in parts)
+    full = [(weight, laps if len(laps) == rounds else [statistics.median(laps)] * rounds) for weight, laps in parts]
+    total = sum(weight for weight, _ in parts)
+    return [sum(weight * laps[i] for weight, laps in full) / total for i in range(rounds)]
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import race as racing
-from benchmarks.race import Contestant, Pace, Race
+from benchmarks.race import Contestant, Pace, Race, weighted_mean
 from benchmarks.rates import Rates
 from benchmarks.work import Work, eigendecomposition, power, published
 
@@ -74,6 +74,74 @@ def test_ours_run_first_and_nobody_begins_after_the_deadline(monkeypatch: pytest
     assert race.laps == {"rpg_fast.thing": [15.0], "a peer": [15.0]}
     assert race.facts["a peer"]["slow_ran_once"]
     assert race.facts["rpg_fast.thing"]["missing"] == race.missing
+
+
+class Recorder:
+    """What a race hands to pytest-benchmark."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.rounds = "", {}, 0
+
+    def pedantic(self, run: Callable[[], Any], rounds: int) -> None:
+        self.rounds = rounds
+
+
+def test_who_is_wrong_is_timed_without_ratios_and_fails() -> None:
+    """The others' times and ratios stay."""
+
+    def agree(outcomes: dict[str, int]) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"error": 0.5, "wrong": "off by half"} if got == 2 else {"error": 0.0}
+            for name, got in outcomes.items()
+        }
+
+    entrants = [contestant("a peer"), contestant("another", lambda: 2), contestant("rpg_fast.thing")]
+    race = Race("a job", entrants, agree, full=True, seconds=0.0)
+    right, wrong = Recorder(), Recorder()
+    race.report("rpg_fast.thing", right)
+    assert set(right.extra_info["times_faster_than"]) == {"a peer"}
+    with pytest.raises(pytest.fail.Exception, match="another: off by half"):
+        race.report("another", wrong)
+    assert wrong.rounds == len(race.laps["another"]) > 0
+    assert (wrong.extra_info["error"], wrong.extra_info["wrong"]) == (0.5, "off by half")
+    entrants = [contestant("a peer"), contestant("rpg_fast.thing", lambda: 2)]
+    race = Race("a job", entrants, agree, full=True, seconds=0.0)
+    race.report("a peer", right)
+    assert race.facts["rpg_fast.thing"]["times_faster_than"] == {}
+
+
+def test_a_mean_of_contestants_over_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"step": 2.0, "update": 12.0, "rpg_fast: step": 1.0, "rpg_fast: update": 3.0, "dense": 0.5}
+    monkeypatch.setattr(racing, "lap", lambda contestant, repeats=1: (times[contestant.name], None))
+    entrants = [contestant(name) for name in times]
+    entrants.append(Contestant("published", mean_of={"step": 9, "update": 1}))
+    entrants.append(Contestant("rpg_fast", mean_of={"rpg_fast: step": 9, "rpg_fast: update": 1}))
+    entrants.append(Contestant("never", mean_of={"step": 9, "nobody": 1}))
+    race = ran(*entrants, seconds=0.0, baseline="dense")
+    assert race.laps["published"] == [3.0]
+    assert race.laps["rpg_fast"] == [1.2]
+    assert race.facts["published"]["overhead"] == 5.0
+    assert race.facts["rpg_fast"]["times_faster_than"]["published"] == 2.5
+    assert race.missing == {"never": "nobody: has not run"}
+    roles = {name: (facts["role"], facts["part"]) for name, facts in race.facts.items()}
+    assert roles["published"] == ("peer", False)
+    assert roles["rpg_fast: step"] == ("ours", True)
+    assert roles["dense"] == ("bound", False)
+    assert "overhead" not in race.facts["dense"]
+
+
+def test_what_is_wrong_with_a_part_is_wrong_with_the_mean() -> None:
+    def agree(outcomes: dict[str, int]) -> dict[str, dict[str, Any]]:
+        return {"step": {"wrong": "off"}}
+
+    entrants = [contestant("step"), contestant("update"), Contestant("all", mean_of={"step": 1, "update": 1})]
+    race = Race("a job", entrants, agree, full=True, seconds=0.0)
+    race._run(race.contestants)
+    assert race.facts["all"]["wrong"] == "step: off"
+
+
+def test_weighted_mean_round_by_round() -> None:
+    assert weighted_mean([(3, [1.0, 2.0, 3.0]), (1, [5.0, 9.0])]) == [2.5, 3.25, 4.0]  # of the second, 7.0 each time
 
 
 def test_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,25 +14,23 @@ import rpg_fast
 from benchmarks import peers
 from benchmarks.conftest import Scale
 from benchmarks.race import Contestant, Race, entries
-from benchmarks.workload import SPARSITY, prune, resnet50
+from benchmarks.workload import EVERY, RECIPE, UPDATE, before_update, prune, resnet50
 
 PUBLISHED = "kthvalue of all, two sorts a layer, as published"
 TORCH = "torch: selections among the candidates"
 OURS = "rpg_fast.RankPruner.step"
 
-# 100 epochs of 1251 steps: pruning ends after 90 of them.
-RECIPE = {"sparsity": 0.98, "total_steps": 125_100, "update_every": 100, "prune_until": 0.9, "drop_fraction": 0.3}
 
-
-def agree(outcomes: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
+def agree(outcomes: dict[str, list[Tensor]]) -> dict[str, dict[str, Any]]:
     """Masks against ours: torch's differ where magnitudes tie, the published ones by their rounding, a weight or two a
     layer."""
     want = outcomes[OURS]
-    measures = {}
+    measures: dict[str, dict[str, Any]] = {}
     for name, got in outcomes.items():
         differing = [int((g != w).sum()) for g, w in zip(got, want, strict=True)]
-        assert max(differing) <= 8, f"{name}: masks differ from rpg_fast's in {max(differing)} places of one weight"
         measures[name] = {"masks_differ": float(sum(differing))}
+        if max(differing) > 8:
+            measures[name]["wrong"] = f"masks differ from rpg_fast's in {max(differing)} places of one weight, limit 8"
     return measures
 
 
@@ -41,12 +39,11 @@ def race(scale: Scale) -> Iterator[Race]:
     model = resnet50(scale.device, full=scale.full)
     optimizer = rpg_fast.MaskedSGD(model.parameters(), lr=0.1, momentum=0.9)
     pruner = rpg_fast.RankPruner(model, optimizer, **RECIPE)
-    step = next(s for s in range(100, 125_100, 100) if pruner.schedule(s) >= SPARSITY)
-    sparsity, fraction = pruner.schedule(step), pruner.drop(step)
-    masks = prune(model, pruner.schedule(step - 100), together=True)
+    sparsity, fraction = pruner.schedule(UPDATE), pruner.drop(UPDATE)
+    masks = prune(model, pruner.schedule(UPDATE - EVERY), together=True)
     weights = [w.detach() for w in pruner.weights.values()]
     pruner.masks.load_(masks)
-    bits = pruner.masks.bits.clone()
+    state = before_update(pruner)
     generator = torch.Generator(scale.device).manual_seed(1)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, device=p.device, generator=generator)
@@ -58,12 +55,12 @@ def race(scale: Scale) -> Iterator[Race]:
     active = numel - int(sparsity * numel + 0.5)
 
     def reset() -> None:
+        pruner.load_state_dict(state)
         for tensor, value in zip((*weights, *gradients, *momenta), start, strict=True):
             tensor.copy_(value)
-        pruner.masks.bits.copy_(bits)
 
     def update() -> None:
-        pruner.step_count = step - 1
+        pruner.step_count = UPDATE - 1  # a graph is captured from runs that nothing resets
         pruner.step()
 
     pool = peers.thread_pool() if scale.device.type == "cpu" else None
