@@ -139,7 +139,7 @@ def _configuration(network: SavedNetwork, overrides: dict[str, Any]) -> TrainCon
     leave = {*OF_MACHINE, *(OF_DATA if data != trained_on else ())}
     kept = {name: value for name, value in network.config.items() if name not in leave}
     try:
-        kept = TrainConfig.from_dict({**kept, "arch": network.arguments["arch"]}).to_dict()
+        kept = TrainConfig.from_dict({"arch": network.arguments["arch"], **kept}).to_dict()
     except UserError as error:
         raise UserError(f"{network.path}: {error}") from error
     return TrainConfig.from_dict({**kept, **overrides, "data": trained_on if data == NO_DATA else data})
