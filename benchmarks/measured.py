@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ORDER = ("rank loss", "masked step", "topology", "svd_lowrank", "growth")  # how titles begin, in reading order
+# How titles begin, in reading order.
+ORDER = ("rank loss", "masked step", "topology", "training step", "memory", "svd_lowrank", "growth")
 FP32_GRADE = 3e-4  # relative error of a gradient
 
 
@@ -53,9 +54,10 @@ class Results:
         return [title for title in self.groups if title.startswith(start)]
 
     def races(self) -> dict[str, list[Row]]:
-        """The groups that compare ways to do one job; growth and errors have tables and pictures of their own."""
-        curves = {*self.titles("growth, "), *self.titles("rank loss, error")}
-        return {title: rows for title, rows in self.groups.items() if title not in curves}
+        """The groups that compare the speed of ways to do one job; growth, errors and memory have tables and pictures
+        of their own."""
+        others = {*self.titles("growth, "), *self.titles("rank loss, error"), *self.titles("memory")}
+        return {title: rows for title, rows in self.groups.items() if title not in others}
 
     def footer(self) -> str:
         rounds = sorted({row.rounds for rows in self.groups.values() for row in rows if not row.once})

@@ -99,7 +99,9 @@ def _race(axis: Any, title: str, rows: list[Row]) -> None:
         axis.plot(spread, [y, y], color=colour, alpha=0.35, linewidth=5, solid_capstyle="round")
         axis.plot(row.median / unit, y, "o", color=colour, markersize=6.5)
         label = seconds(row.median)
-        if row.role != "ours":
+        if row.wrong:
+            label += "   wrong"
+        elif row.role != "ours":
             label += f"   {times(row.median / unit)}"
         axis.annotate(label, (spread[1], y), (9, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)

@@ -32,13 +32,30 @@ def summary(results: Results) -> str:
         usual, best = peers[0], _fastest(peers)
         ours = _fastest(mine)
         cells = [f"{row.name}: {seconds(row.median)}" for row in (usual, best)]
-        ratios = f"**{times(ours.faster[usual.name])}**, {times(ours.faster[best.name])}"
+        ratios = f"**{_faster(ours, usual)}**, {_faster(ours, best)}"
         lines.append(f"| {title} | {' | '.join(cells)} | `{ours.name}`: **{seconds(ours.median)}** | {ratios} |")
-    return "\n".join([*lines, "", results.footer()])
+    notes = [line for title in results.titles("training step") for line in ("", _overheads(results.groups[title]))]
+    return "\n".join([*lines, *notes, "", results.footer()])
 
 
 def _fastest(rows: list[Row]) -> Row:
     return min((row for row in rows if row.representative), key=lambda row: row.median, default=rows[0])
+
+
+def _faster(ours: Row, other: Row) -> str:
+    """How many times faster ours is; no ratio where either is wrong."""
+    if ours.wrong or other.wrong:
+        return "wrong"
+    return times(ours.faster[other.name])
+
+
+def _overheads(rows: list[Row]) -> str:
+    """What pruning adds to a dense step, a sentence."""
+    dense = [f"{seconds(row.median)} ({row.name})" for row in rows if row.role == "bound"]
+    added = [
+        f"{row.facts['overhead']:+.1%} {row.name}" for row in rows if "overhead" in row.facts and "mean_of" in row.facts
+    ]
+    return f"Beside a training step of {', '.join(dense) or 'unknown length'}: {'; '.join(added)}."
 
 
 def races(results: Results) -> list[str]:
@@ -50,12 +67,49 @@ def races(results: Results) -> list[str]:
         for row in rows:
             detail = f" ({row.setting})" if row.setting else ""
             spread = "ran once" if row.once else f"{seconds(row.least)} to {seconds(row.most)}"
+            last = f"**wrong**: {row.wrong} " if row.wrong else ""
             if row.role == "ours":
-                lines.append(f"| `{row.name}`{detail} | **{seconds(row.median)}** | {spread} | |")
+                lines.append(f"| `{row.name}`{detail} | **{seconds(row.median)}** | {spread} | {last}|")
             else:
-                ratio = times(_fastest(ours).faster[row.name]) if ours else ""
-                lines.append(f"| {row.name}{detail} | {seconds(row.median)} | {spread} | {ratio} |")
+                last = last.strip() or (_faster(_fastest(ours), row) if ours else "")
+                lines.append(f"| {row.name}{detail} | {seconds(row.median)} | {spread} | {last} |")
         lines += [f"| {name} | | {reason} | |" for name, reason in results.missing.get(title, {}).items()]
+    return lines
+
+
+def training(results: Results) -> list[str]:
+    """Of training steps: images a second, and what pruning adds to the dense step, in the mean and in its parts."""
+    lines = []
+    for title in results.titles("training step"):
+        note = "means of 100 steps: 99 ordinary ones and a topology update, which takes no optimizer step"
+        lines += [
+            "",
+            f"{title.capitalize()} ({note}):",
+            "",
+            "| | a step | images/s | over the dense step |",
+            "|---|---|---|---|",
+        ]
+        for row in results.groups[title]:
+            speed = f"{row.facts['images'] / row.median:,.0f}" if "images" in row.facts else ""
+            added = f"{row.facts['overhead']:+.2%}" if "overhead" in row.facts else ""
+            lines.append(f"| {row.name} | {seconds(row.median)} | {speed} | {added} |")
+    return lines
+
+
+def memory(results: Results) -> list[str]:
+    """Of training steps: bytes before a step, at its peak, what pruning adds, and what of that stays between steps."""
+    lines = []
+    for title in results.titles("memory"):
+        lines += ["", f"{title.capitalize()}:", "", "| | before a step | peak | added | what stays | bound |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in results.groups[title]:
+            facts = row.facts
+            held, peak = (scaled(facts[key], BYTES) for key in ("held_bytes", "step_peak_bytes"))
+            cells = ["", "", ""]
+            if "added_bytes" in facts:
+                kept = [f"{name} {scaled(size, BYTES)}" for name, size in facts["kept_bytes"].items()]
+                cells = [scaled(facts["added_bytes"], BYTES), ", ".join(kept), scaled(facts["bound_bytes"], BYTES)]
+            lines.append(f"| {row.name} | {held} | {peak} | {' | '.join(cells)} |")
     return lines
 
 
@@ -134,7 +188,7 @@ def ceilings(results: Results) -> list[str]:
 
 def table(results: Results) -> str:
     """Markdown: all there is to tell."""
-    parts = [races, costs, errors, growth, ceilings]
+    parts = [races, training, memory, costs, errors, growth, ceilings]
     return "\n".join([*(line for part in parts for line in part(results)), "", results.footer()])
 
 

@@ -64,6 +64,54 @@ def test_table_between_the_markers(results: Path, tmp_path: Path) -> None:
     assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in complete
 
 
+def test_who_is_wrong_has_no_ratio(results: Path, tmp_path: Path) -> None:
+    content = json.loads(results.read_text())
+    loop, ours, _ = content["benchmarks"]
+    loop["extra_info"]["wrong"] = "off by half"
+    del ours["extra_info"]["times_faster_than"]["a loop"]
+    results.write_text(json.dumps(content))
+    assert report.main([str(results), "--images", str(tmp_path)]) == 0
+    assert "| a loop | 2 s | ran once | **wrong**: off by half |" in results.with_suffix(".md").read_text()
+    ours["extra_info"] |= {"wrong": "a NaN", "times_faster_than": {}}
+    results.write_text(json.dumps(content))
+    assert report.main([str(results), "--images", str(tmp_path)]) == 0
+    text = results.with_suffix(".md").read_text()
+    assert "| `rpg_fast.thing` (C++) | **50 ms** | 45 ms to 60 ms | **wrong**: a NaN |" in text
+    assert "| a copy | 25 ms | 22.5 ms to 30 ms | wrong |" in text
+    assert "**wrong**, wrong |" in report.summary(measured.read(results))
+
+
+def test_training_steps_and_memory(results: Path, tmp_path: Path) -> None:
+    content = json.loads(results.read_text())
+    mean = {"mean_of": {"rpg_fast: step": 99, "rpg_fast: update": 1}, "images": 256}
+    steps = [
+        entry("as published", "peer", 0.4, overhead=3.0, **mean),
+        entry(
+            "rpg_fast", "ours", 0.101, overhead=0.01, times_faster_than={"as published": 3.96, "dense": 0.99}, **mean
+        ),
+        entry("rpg_fast: step", "ours", 0.1, overhead=0.0, part=True, images=256, times_faster_than={}),
+        entry("dense", "bound", 0.1, images=256),
+    ]
+    kept = {"optimizer": 102_000_000, "masks": 12_800_000}
+    ours = {"added_bytes": 33_400_000, "kept_bytes": kept, "bound_bytes": 30_000_000}
+    footprints = [
+        entry("dense", "bound", 1.0, held_bytes=4e8, step_peak_bytes=2e10),
+        entry("rpg_fast", "ours", 1.0, held_bytes=4.3e8, step_peak_bytes=2.1e10, times_faster_than={}, **ours),
+    ]
+    content["benchmarks"] = [e | {"group": "training step, a network"} for e in steps]
+    content["benchmarks"] += [e | {"group": "memory of training, a network"} for e in footprints]
+    results.write_text(json.dumps(content))
+    assert report.main([str(results), "--images", str(tmp_path)]) == 0
+    text = results.with_suffix(".md").read_text()
+    assert "| rpg_fast | 101 ms | 2,535 | +1.00% |" in text
+    assert "| dense | 100 ms | 2,560 |  |" in text
+    assert "| rpg_fast | 430 MB | 21 GB | 33.4 MB | optimizer 102 MB, masks 12.8 MB | 30 MB |" in text
+    short = report.summary(measured.read(results))
+    assert "| `rpg_fast`: **101 ms** | **4x**, 4x |" in short
+    assert "Beside a training step of 100 ms (dense): +300.0% as published; +1.0% rpg_fast." in short
+    assert "memory" not in short
+
+
 def growth_entry(m: int, n: int, batch: int, contestant: str, median: float) -> dict[str, Any]:
     role = "ours" if contestant.startswith("rpg_fast") else "peer"
     work = {"flops": 1e9, "bytes": 1e7, "flops_per_s": 1e9 / median, "arithmetic": "fp32", "bound_s": 0.01}

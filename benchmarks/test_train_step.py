@@ -24,8 +24,8 @@ PUBLISHED_ALWAYS = "as published, rank loss in every step"
 OURS = "rpg_fast, rank loss in every step"
 ORDINARY, UPDATE = ": ordinary step", ": topology update"
 MEANS = {
-    PUBLISHED: (PUBLISHED + ORDINARY, PUBLISHED + UPDATE),
     PUBLISHED_ALWAYS: (PUBLISHED_ALWAYS + ORDINARY, PUBLISHED + UPDATE),
+    PUBLISHED: (PUBLISHED + ORDINARY, PUBLISHED + UPDATE),
     OURS: (OURS + ORDINARY, OURS + UPDATE),
 }
 NAMES = [*MEANS, *dict.fromkeys(part for parts in MEANS.values() for part in parts), DENSE]
