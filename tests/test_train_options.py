@@ -1,28 +1,34 @@
-"""Options of training beside the usual: compilation, mixed images, averaged weights, given weights, TensorBoard;
-recipes, published names and published decisions."""
+"""Options of training beside the usual: compilation, mixed images, averaged weights, given weights, figures sent
+elsewhere; recipes, published names and published decisions."""
 
 from __future__ import annotations
 
+import copy
+import csv
 import json
 import subprocess
 import sys
+import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rpg_fast
 from rpg_fast.train.checkpoint import load_checkpoint
 from rpg_fast.train.cli import build_parser, main
-from rpg_fast.train.config import TrainConfig
+from rpg_fast.train.config import Stopped, TrainConfig, UserError
 from rpg_fast.train.data import load_digits
-from rpg_fast.train.loop import Trainer
+from rpg_fast.train.loop import EpochMetrics, Trainer
 from rpg_fast.train.models import build_model
-from rpg_fast.train.optimization import Average, MixUp
+from rpg_fast.train.online import OnlineRun
+from rpg_fast.train.optimization import Average, MixUp, make_optimizer
 from rpg_fast.train.published import ALIASES, FLAGS, INSTEAD
 from rpg_fast.train.recipes import RECIPES
+from rpg_fast.train.run import Run
 
 TINY = (
     *("--data=digits", "--width=4", "--epochs=2", "--batch-size=128", "--update-every=4", "--sparsity=0.9"),
@@ -44,16 +50,119 @@ def small_trainer(config: TrainConfig) -> Trainer:
 # ----------------------------------------------------------------------------------------------------------- network
 
 
-def test_a_compiled_network_trains_the_same_weights() -> None:
+def first_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    return next(iter(trainer.train_batches.iterate(0)))
+
+
+def test_a_compiled_network_trains_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    by_torch = nn.Module.compile
+
+    def compile_eagerly(module: nn.Module) -> None:  # what is tested is the way through it, not the compiler
+        compiled.append(module)
+        by_torch(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     weights = []
-    for compiled in (False, True):
-        trainer = small_trainer(TrainConfig(epochs=1, batch_size=256, update_every=2, compile=compiled))
-        if compiled:
-            trainer.network.compile(backend="aot_eager")  # what is tested is the way through it, not the compiler
+    for wanted in (False, True):
+        trainer = small_trainer(TrainConfig(epochs=1, batch_size=256, update_every=2, compile=wanted))
+        assert compiled == ([trainer.network] if wanted else [])
         trainer.run(lambda metrics: None)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         assert next(iter(trainer.model.state_dict())) == "0.weight"
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("autocast", "dtype"), [(None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_forward_passes_run_in_the_precision_that_is_asked_for(autocast: Any, dtype: torch.dtype) -> None:
+    trainer = small_trainer(TrainConfig(epochs=1, batch_size=256, update_every=2, autocast=autocast))
+    seen: set[tuple[bool, torch.dtype]] = set()
+    trainer.model[0].register_forward_hook(lambda module, _, output: seen.add((module.training, output.dtype)))
+    trainer.run(lambda metrics: None)
+    assert seen == {(True, dtype), (False, dtype)}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.scaler.is_enabled() == (autocast == "fp16")
+
+
+def test_a_gradient_beyond_fp16_is_left_out_and_the_scale_falls() -> None:
+    trainer = small_trainer(TrainConfig(epochs=1, batch_size=256, update_every=3, autocast="fp16", rank_weight=0))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train_step(*first_batch(trainer))
+    assert all(torch.equal(p, was) for p, was in zip(trainer.model.parameters(), before, strict=True))
+    assert trainer.scaler.get_scale() == 2.0**39
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    trainer.train_step(*first_batch(trainer))
+    assert not any(torch.equal(p, was) for p, was in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_weights_and_images_lie_channels_last_to_the_same_end() -> None:
+    ends = []
+    for channels_last in (False, True):
+        config = TrainConfig(
+            data="synthetic", width=4, epochs=1, batch_size=64, train_images=256, update_every=2, sparsity=0.8,
+            dense_baseline=False, channels_last=channels_last, threads=1, image_size=8,
+        )  # fmt: skip
+        run = Run(config)
+        layouts: set[tuple[bool, bool]] = set()
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, seen: set[Any] = layouts) -> None:
+            tensors = (inputs[0], output, module.weight)
+            seen.add(tuple(t.is_contiguous(memory_format=torch.channels_last) for t in tensors))
+
+        run.sparse.model.layer1[0].conv1.register_forward_hook(look)
+        run.sparse.run(lambda metrics: None)
+        assert layouts == {(channels_last,) * 3}
+        ends.append(torch.cat([p.detach().flatten() for p in run.sparse.model.parameters()]))
+        masks = run.sparse.pruner.masks
+        assert all((masks.weights[name][~mask] == 0).all() for name, mask in masks.unpack().items())
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+def test_decay_goes_by_the_type_of_a_layer() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 4))
+            self.conv_norm = nn.GroupNorm(2, 4)
+            self.linear = nn.LayerNorm([4, 4])  # two dimensions, and the name of something else
+            self.bn1 = nn.Linear(4, 4)
+            self.norm_bias = nn.Conv1d(4, 4, 3)
+            self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.weight = nn.Embedding(3, 4)
+            self.tied = nn.Linear(4, 4)
+            self.tied.weight = self.bn1.weight
+
+    model = Mixed()
+    decayed, rest = make_optimizer(model, TrainConfig(weight_decay=0.3, optimizer_impl="torch")).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(parameter)] for parameter in decayed["params"]] == [
+        *("bn1.weight", "norm_bias.weight", "downsample.0.weight"),
+        *("attention.in_proj_weight", "attention.out_proj.weight"),
+    ]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize(("smoothing", "alpha"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.4), (0.2, 0.4)])
+def test_the_loss_is_smoothed_and_mixed(smoothing: float, alpha: float) -> None:
+    config = TrainConfig(epochs=1, batch_size=64, label_smoothing=smoothing, mixup=alpha, update_every=5, seed=4)
+    trainer = small_trainer(config)
+    model = copy.deepcopy(trainer.model)
+    x, y = first_batch(trainer)
+    share = MixUp(alpha, 4).share(0)
+    assert (share == 1) == (alpha == 0)
+    logits = model(share * x + (1 - share) * x.roll(1, 0))
+    soft = share * nn.functional.one_hot(y, 10) + (1 - share) * nn.functional.one_hot(y.roll(1), 10)
+    soft = (1 - smoothing) * soft + smoothing / 10
+    loss, _ = trainer.train_step(x, y)
+    torch.testing.assert_close(loss / len(y), nn.functional.cross_entropy(logits, soft).detach())
 
 
 # -------------------------------------------------------------------------------------------------------------- mixup
@@ -101,6 +210,23 @@ def test_the_average_is_exponential_and_as_sparse_as_the_model() -> None:
     mask = torch.rand(3, 4) < 0.5
     average.mask({"0.weight": mask})
     assert (average.model[0].weight[~mask] == 0).all()
+
+
+def test_the_average_follows_every_step() -> None:
+    trainer = small_trainer(TrainConfig(epochs=1, batch_size=128, ema_decay=0.8, update_every=2, sparsity=0.5))
+    expected = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for images, labels in trainer.train_batches.iterate(0):
+        trainer.train_step(images, labels)
+        if trainer.step % 2 == 0:  # an update of the masks
+            for name, mask in trainer.pruner.masks.unpack().items():
+                expected[name] *= mask
+        for name, parameter in trainer.model.named_parameters():
+            expected[name] = 0.8 * expected[name] + 0.2 * parameter.detach()
+    assert trainer.step == 10
+    for name, parameter in trainer.average.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+    for name, mask in trainer.pruner.masks.unpack().items():
+        assert (trainer.average.model.get_parameter(name)[~mask] == 0).all()
 
 
 def test_the_average_is_what_is_tested_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +296,97 @@ def test_a_missing_tensorboard_is_told_before_anything_is_written(
     assert main(["train", *TINY, "--tensorboard", f"--out={tmp_path / 'run'}"]) == 2
     assert capsys.readouterr().err.endswith("--tensorboard needs the package tensorboard: pip install tensorboard\n")
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------- Weights & Biases
+
+
+class Online:
+    """In the place of wandb: keeps what it is told, in `runs`."""
+
+    def __init__(self) -> None:
+        self.runs: list[Any] = []
+        self.summary: dict[str, Any] = {}
+
+    def init(self, **options: Any) -> Any:
+        run = types.SimpleNamespace(**options, logged=[], axes={}, ended=None, summary=self.summary)
+        run.id = options["id"] or "abc123"
+        run.log = lambda row: (run.logged.append(row), self.summary.update(row))
+        run.define_metric = lambda name, step_metric: run.axes.update({name: step_metric})
+        run.finish = lambda exit_code: setattr(run, "ended", exit_code)
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Online:
+    stand_in = Online()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return stand_in
+
+
+def test_wandb_gets_what_the_table_gets(wandb: Online, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [option for option in TINY if option != "--no-dense-baseline"]
+    assert main(["train", *options, "--wandb=pruning", f"--out={folder}"]) == 0
+    (run,) = wandb.runs
+    assert (run.project, run.name, run.dir, run.ended) == ("pruning", "run", str(folder), 0)
+    assert run.config == json.loads((folder / "config.json").read_text())["config"]
+    assert run.axes == {"dense/*": "dense/step", "sparse/*": "sparse/step"}
+    with open(folder / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4
+    for row, sent in zip(table, run.logged, strict=True):
+        name = row.pop("run")
+        assert {f"{name}/{column}": value for column, value in row.items()} == {k: str(v) for k, v in sent.items()}
+
+
+def test_a_resumed_run_goes_on_online_where_it_was(wandb: Online, tmp_path: Path) -> None:
+    config = TrainConfig(wandb="pruning")
+    rows = [
+        EpochMetrics(
+            run="sparse", epoch=epoch, step=10 * epoch,
+            **{field.name: 0.0 for field in fields(EpochMetrics) if field.name not in ("run", "epoch", "step")},
+        )
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    for begin, end in ((0, 2), (1, 3)):  # the second epoch again, as after a kill
+        online = OnlineRun()
+        online.start(tmp_path, config)
+        with online:
+            for row in rows[begin:end]:
+                online.add(row)
+    first, second = wandb.runs
+    assert (first.id, first.resume) == ("abc123", None)
+    assert (second.id, second.resume) == ("abc123", "allow")
+    assert [row["sparse/step"] for row in first.logged + second.logged] == [10, 20, 30]
+
+
+def test_online_runs_end_as_the_training_does(wandb: Online, tmp_path: Path) -> None:
+    for error, code in ((UserError("diverged"), 1), (Stopped("by SIGTERM"), 0), (KeyboardInterrupt(), 1)):
+        online = OnlineRun()
+        online.start(tmp_path, TrainConfig(wandb="pruning"))
+        with pytest.raises(type(error)), online:
+            raise error
+        assert wandb.runs[-1].ended == code
+    with OnlineRun() as elsewhere:  # as on the other ranks
+        elsewhere.add(None)  # type: ignore[arg-type]
+    assert len(wandb.runs) == 3
+
+
+def test_a_wandb_that_is_missing_or_refuses(
+    wandb: Online, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("api_key not configured\nmore")
+
+    wandb.init = refuse  # type: ignore[method-assign]
+    assert main(["train", *TINY, "--wandb=pruning", f"--out={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.endswith("--wandb pruning cannot begin: api_key not configured\n")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", *TINY, "--wandb=pruning", f"--out={tmp_path / 'other'}"]) == 2
+    assert capsys.readouterr().err.endswith("--wandb needs the package wandb: pip install wandb\n")
+    assert not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes

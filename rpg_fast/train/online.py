@@ -50,11 +50,10 @@ class OnlineRun:
 
     def add(self, metrics: EpochMetrics) -> None:
         """Sends what metrics.csv gets, unless a run that was resumed has sent it before."""
-        name = metrics.run
-        if self.run is None or metrics.step <= self._sent[name]:
-            return
-        self.run.log({f"{name}/{key}": value for key, value in asdict(metrics).items() if key != "run"})
-        self._sent[name] = metrics.step
+        if self.run is not None and metrics.step > self._sent[metrics.run]:
+            row = {f"{metrics.run}/{key}": value for key, value in asdict(metrics).items() if key != "run"}
+            self.run.log(row)
+            self._sent[metrics.run] = metrics.step
 
     def __enter__(self) -> OnlineRun:
         return self
