@@ -4,14 +4,8 @@ numbers mean stands in docs/fidelity.md."""
 from __future__ import annotations
 
 import copy
-import importlib
 import io
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,9 +356,12 @@ def test_q_r8_short_runs_miss_the_target() -> None:
     assert list(published) == list(range(100, 9001, 100))
     assert published[9000] == pytest.approx(0.1026, abs=1e-4)
     assert list(updates_and_density(10_000, 0.9, "corrected").values())[-1] == pytest.approx(0.1, abs=1 / 2**14)
-    # 300 epochs of 391 steps, pruned and updated until 80 %, to 99.9 %
-    cifar = updates_and_density(117_300, 0.999, "official", prune_until=0.8, update_until=0.8)
-    assert list(cifar.values())[-1] > 0.001015 - 1 / 2**14
+    # the authors' CIFAR-10 setting: 300 epochs of 390 steps, pruned and updated until 80 % of them, to 99.9 %
+    cifar = updates_and_density(117_000, 0.999, "official", prune_until=0.8, update_until=0.8)
+    reached = 0.001 ** (934 / 936)
+    assert reached == pytest.approx(0.001015, abs=1e-6)
+    assert max(cifar) == 93_500
+    assert cifar[93_500] == (2**14 - round((1 - reached) * 2**14) + 1) / 2**14
 
 
 def test_q_r9_the_published_length_has_two_updates_at_the_final_density() -> None:
@@ -448,11 +445,13 @@ def test_q_r16_micro_batches_are_summed_which_changes_no_choice(grow_steps: int)
 # ------------------------------------------------------------------------------------ what a run meets beside its rules
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 2, 31, 100, 175], ids=lambda step: f"step {step}")
+@pytest.mark.parametrize("interrupted_at", [1, 32, 101, 119, 150], ids=lambda step: f"step {step}")
 @pytest.mark.parametrize("grow_steps", [1, 2])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(interrupted_at: int, grow_steps: int) -> None:
-    """Steps 2, 5, 8 ... lie inside a window of two; from step 159 on the schedule is at its end."""
-    pair = Pair(Net(), **{**USUAL, "momentum": 0.9, "grow_steps": grow_steps})
+    """Of two steps whose gradients count, steps 32, 101 and 119 are the first. Step 102 reaches the final density; from
+    then on the published program no longer asks what is sparse, but remembers."""
+    schedule = {"prune_until": 0.5, "update_until": 1.0, "drop_fraction": 0.5}
+    pair = Pair(Net(), **{**USUAL, **schedule, "momentum": 0.9, "grow_steps": grow_steps})
     for _ in range(interrupted_at):
         pair.step(pair.gradients())
     file = io.BytesIO()
@@ -482,6 +481,10 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(value: float)
     assert all(torch.equal(w, state[0][name]) for name, w in pair.net.state_dict().items())
     for i, w in enumerate(pair.optimizer.state_dict()["state"].values()):
         torch.testing.assert_close(w["momentum_buffer"], state[1][i]["momentum_buffer"], rtol=0, atol=0)
+    pair.published.t, pair.published.updates_done = 33, 11
+    for _ in range(60):  # and the updates that follow are those of their steps
+        pair.step(pair.gradients())
+        pair.agree()
 
 
 def test_q_r15_several_processes_grow_by_the_mean_of_magnitudes() -> None:
@@ -506,57 +509,3 @@ def test_q_r15_several_processes_grow_by_the_mean_of_magnitudes() -> None:
     different = sum(int((together.masks[name] != apart.masks[name]).sum()) for name in weights)
     inactive = sum(int((~mask).sum()) for mask in together.masks.values())
     assert different > inactive / 2
-
-
-# ----------------------------------------------------------------------------------------- inside the published program
-
-DIFF = Path(__file__).parents[1] / "docs" / "published_training.diff"
-
-RANK_KIT = """
-from published_rules import published_rank_loss
-
-def get_loss_para(model, tail_energy, errors, min_sparsity, pretrained, args):
-    convolutions = [m.weight for m in model.modules() if hasattr(m, "weight") and m.weight.dim() == 4]
-    return published_rank_loss(convolutions, tail_energy, min_sparsity), None, None
-"""
-IMPORT = "from .rank_kit import *"
-CALL = """\
-def task(model_and_loss, args, loss):
-    for _ in range(1):
-        if args.lamb != 0.0:
-            rank_loss, _, _ = get_loss_para(model_and_loss.model, args.partial_k, None, args.sparsity_thres, None, args)
-            loss += args.lamb * rank_loss
-    return loss
-"""
-
-
-def test_the_diff_makes_the_published_program_call_rpg_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("before", "after"):
-        package = tmp_path / name / "image_classification"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "rank_kit.py").write_text(RANK_KIT)
-        (package / "training.py").write_text("\n" * 56 + IMPORT + "\n" * 268 + CALL)  # lines 57 and 328, as published
-    git = shutil.which("git")
-    assert git is not None, "git is needed to apply the diff"
-    subprocess.run([git, "apply", "--unidiff-zero", str(DIFF)], cwd=tmp_path / "after", check=True)
-    results = []
-    net = Net()
-    with torch.no_grad():
-        net.b.weight *= torch.rand_like(net.b.weight) > 0.6  # the only one that is sparse enough
-    for name in ("before", "after"):
-        monkeypatch.setattr(sys, "path", [str(tmp_path / name), *sys.path])
-        for module in [m for m in sys.modules if m.startswith("image_classification")]:
-            monkeypatch.delitem(sys.modules, module)
-        training = importlib.import_module("image_classification.training")
-        assert hasattr(training, "rpg_fast") == (name == "after")
-        for min_sparsity in (0.0, 0.5):
-            net.zero_grad()
-            args = SimpleNamespace(lamb=0.5, partial_k=0.2, sparsity_thres=min_sparsity)
-            loss = training.task(SimpleNamespace(model=net), args, net(torch.ones(2, 3, 7, 7).double()).square().mean())
-            loss.backward()
-            results.append([loss.detach(), *(w.grad.clone() for w in net.parameters())])
-    half = len(results) // 2
-    assert not torch.equal(results[0][0], results[1][0])
-    for published, ours in zip(results[:half], results[half:], strict=True):
-        torch.testing.assert_close(ours, published, rtol=1e-10, atol=1e-13)
