@@ -13,21 +13,24 @@
 #   growth    its growth with size and batch
 #   svd       the benchmark of svd_lowrank
 #   step      the benchmarks of the masked optimizers and of the topology update
-#   bench     the last five
+#   train     a whole training step of ResNet-50, dense, pruned and pruned as published; a trace and a picture of one
+#   memory    its peak memory, dense and pruned
+#   bench     the last seven
 #   all       all of these, in this order
 #
 # Every stage ends within eight minutes and leaves its log, whatever became of the others. Files go to $OUT, by default
-# benchmarks/results/<device>: summary.json, probe.json, a JSON file for each benchmark and a log for each stage. Exits 0
-# if all stages passed. `python -m benchmarks.report benchmarks/results/<device>` makes tables and plots of them.
+# benchmarks/results/<device>: summary.json, probe.json, a JSON file for each benchmark, step_trace.json.gz and
+# step_profile.png, and a log for each stage. Exits 0 if all stages passed.
+# `python -m benchmarks.report benchmarks/results/<device>` makes tables and plots of them.
 #
-# With --pack, $OUT gets two files alone, summary.json and results.tgz, the archive of all JSON files and logs. Both are
-# written again after every stage, so what a finished stage found survives whatever ends the run; an archive that is
-# there already is added to.
+# With --pack, $OUT gets two files alone, summary.json and results.tgz, the archive of all of these. Both are written
+# again after every stage, so what a finished stage found survives whatever ends the run; an archive that is there
+# already is added to.
 set -uo pipefail
 
 readonly STAGE_SECONDS=470 LOG_BYTES=4000000
-readonly BENCHMARKS=(rank error growth svd step)
-export LOAD_SECONDS=40 BUILD_SECONDS=130 SANITIZER_SECONDS=160 TEST_SECONDS=120
+readonly BENCHMARKS=(rank error growth svd step train memory)
+export LOAD_SECONDS=40 BUILD_SECONDS=130 SANITIZER_SECONDS=160 TEST_SECONDS=120 PROFILE_SECONDS=110
 
 die() {
   echo "gpu.sh: $*" >&2
@@ -45,7 +48,7 @@ while (($#)); do
       shift
       ;;
     --pack) pack=yes ;;
-    probe | build | test | graph | sanitize | rank | error | growth | svd | step) stages+=("$1") ;;
+    probe | build | test | graph | sanitize | rank | error | growth | svd | step | train | memory) stages+=("$1") ;;
     bench) stages+=("${BENCHMARKS[@]}") ;;
     all) stages+=(probe build test graph sanitize "${BENCHMARKS[@]}") ;;
     *) die "unknown argument '$1': want --commit HASH, --python PYTHON, --pack or stages of probe build test graph" \
@@ -143,9 +146,18 @@ stage_growth() { benchmark growth benchmarks/test_growth.py; }
 stage_svd() { benchmark svd benchmarks/test_svd_lowrank.py; }
 stage_step() { benchmark step benchmarks/test_masked_step.py benchmarks/test_topology.py; }
 
+stage_train() { # the picture comes last: what was measured is written by then
+  local status=0
+  benchmark train benchmarks/test_train_step.py || status=$?
+  timeout -k 5 "$PROFILE_SECONDS" "$python" -m benchmarks.profile_step --output "$out" || status=$?
+  return "$status"
+}
+
+stage_memory() { benchmark memory benchmarks/test_memory.py; }
+
 export -f build library_loads benchmark
 export -f stage_probe stage_build stage_test stage_graph stage_sanitize
-export -f stage_rank stage_error stage_growth stage_svd stage_step
+export -f stage_rank stage_error stage_growth stage_svd stage_step stage_train stage_memory
 
 # ---- running them ----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.training import STAGES, Network, Pruned, Setup
+from benchmarks.training import STAGES, Network, Pruned, Setup, fastest_convolutions
 
 STEP = "training step"
 STEPS = 3
@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setup = Setup.of(device, full=not options.small)
     trace = options.output / "step_trace.json.gz"
-    record(setup, device, trace)
+    with fastest_convolutions():
+        record(setup, device, trace)
     with gzip.open(trace, "rt") as file:
         spans = [span for span in spans_of(json.load(file)["traceEvents"]) if span.step == STEPS // 2]
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

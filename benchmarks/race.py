@@ -123,7 +123,8 @@ class Race:
         seconds: about how long the rounds last.
         slow: a contestant that takes more seconds runs once.
         details: more facts for every row of the report.
-        baseline: the contestant to whose time the others add: `overhead`, the fraction that they do, is in their facts.
+        baseline: the contestant to whose time the others add: `overhead`, the fraction that they do, is in their facts;
+            the median of the rounds, or of the times where one of them rested.
         began: time.monotonic() at the beginning of a stage that must end: who has not begun STAGE_S later is missing,
             and who takes more than a tenth of `slow` then runs once. None: there is time for everyone.
 
@@ -261,7 +262,7 @@ class Race:
         if mine.mean_of:
             facts["mean_of"] = dict(mine.mean_of)
         if self.baseline in laps and mine.name != self.baseline:
-            facts["overhead"] = median / statistics.median(laps[self.baseline]) - 1
+            facts["overhead"] = overhead(laps[mine.name], laps[self.baseline])
         if mine.ours:
             facts["times_faster_than"] = {
                 c.name: statistics.median(laps[c.name]) / median
@@ -324,6 +325,13 @@ def weighted_mean(parts: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
     full = [(weight, laps if len(laps) == rounds else [statistics.median(laps)] * rounds) for weight, laps in parts]
     total = sum(weight for weight, _ in parts)
     return [sum(weight * laps[i] for weight, laps in full) / total for i in range(rounds)]
+
+
+def overhead(mine: Sequence[float], baseline: Sequence[float]) -> float:
+    """What `mine` takes more, as a fraction."""
+    if len(mine) != len(baseline):
+        return statistics.median(mine) / statistics.median(baseline) - 1
+    return statistics.median(a / b for a, b in zip(mine, baseline, strict=True)) - 1
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import race as racing
-from benchmarks.race import Contestant, Pace, Race, weighted_mean
+from benchmarks.race import Contestant, Pace, Race, overhead, weighted_mean
 from benchmarks.rates import Rates
 from benchmarks.work import Work, eigendecomposition, power, published
 
@@ -142,6 +142,11 @@ def test_what_is_wrong_with_a_part_is_wrong_with_the_mean() -> None:
 
 def test_weighted_mean_round_by_round() -> None:
     assert weighted_mean([(3, [1.0, 2.0, 3.0]), (1, [5.0, 9.0])]) == [2.5, 3.25, 4.0]  # of the second, 7.0 each time
+
+
+def test_overhead_is_that_of_the_rounds() -> None:
+    assert overhead([1.1, 2.2, 5.0], [1.0, 2.0, 4.0]) == pytest.approx(0.1)
+    assert overhead([1.1, 2.2, 5.0], [1.0, 2.0]) == pytest.approx(2.2 / 1.5 - 1)
 
 
 def test_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ Ordinary steps and the steps of topology updates are timed apart; what is report
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.conftest import Scale
 from benchmarks.race import Contestant, Race, entries
-from benchmarks.training import Dense, Network, Pruned, Published, Setup, Training
+from benchmarks.training import Dense, Network, Pruned, Published, Setup, Training, fastest_convolutions
 from benchmarks.workload import EVERY
 
 DENSE = "dense step, torch fused SGD"
@@ -76,7 +76,7 @@ def agreement(network: Network) -> Callable[[dict[str, Any]], dict[str, dict[str
 
 
 @pytest.fixture(scope="module")
-def race(scale: Scale, began: float | None) -> Race:
+def race(scale: Scale, began: float | None) -> Iterator[Race]:
     network = Network(Setup.of(scale.device, full=scale.full), scale.device)
     dense, published, pruned = Dense(network), Published(network), Pruned(network)
     kind = scale.device.type
@@ -119,10 +119,12 @@ def race(scale: Scale, began: float | None) -> Race:
         mean(OURS, method),
     ]
     details = {"images": network.setup.batch}
-    return Race(
+    race = Race(
         f"training step, {network.setup}", contestants, agreement(network), full=scale.full, seconds=SECONDS[kind],
         details=details, baseline=DENSE, began=began,
     )  # fmt: skip
+    with fastest_convolutions():
+        yield race
 
 
 @pytest.mark.parametrize("name", entries(NAMES))

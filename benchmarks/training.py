@@ -24,6 +24,17 @@ RANK = {"rank_weight": 4.0, "tail_energy": 0.2}  # of the recipe for 98 %
 STAGES = ("forward", "backward", "rank gradient and topology", "optimizer step")
 
 
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms and keeps the fastest, as training programs have it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 @dataclass(frozen=True)
 class Setup:
     """A network, its batch of images of `side` x `side` pixels, and how it computes: in fp32, contiguous and eager
