@@ -20,8 +20,8 @@ Randomness = torch.Generator | Tensor | None
 
 
 class RankState:
-    """What a rank loss keeps between calls on the same weights: where "power" looks for the boundary of each rank, and
-    the last spectra's ranks and projectors.
+    """What a rank loss keeps between calls on the same weights: where "power" looks for the boundary of each rank, the
+    last spectra's ranks and, if they are to be reused, their projectors.
 
     Pass one to every call of `rank_loss` or `add_rank_grad_` to read them afterwards, for ``method="power"``, and for
     ``refresh_every > 1``. The tensors below stay where they are from call to call, so that a captured CUDA graph goes
@@ -46,7 +46,8 @@ class RankState:
         self.flags: Tensor | None = None
         self.windows: Tensor | None = None
         self.by_eigen: tuple[int, ...] = ()
-        self._spectra: tuple[Tensor, ...] | None = None  # loss, projector, inv_norms, shares
+        # loss, projector, inv_norms, shares; none while every call recomputes them
+        self._spectra: tuple[Tensor, ...] | None = None
         self._made_with: tuple[Any, ...] | None = None  # what those depend on beside the values of the weights
 
     def settle(self) -> list[int]:
@@ -292,7 +293,7 @@ def _spectra(
         if state is not None:
             state._keep(ranks=ranks, tail_energies=tails, flags=inv_norms.isnan().int() * NOT_FINITE)
     if state is not None:
-        state._spectra, state._made_with = spectra, made_with
+        state._spectra, state._made_with = (spectra if refresh_every > 1 else None), made_with
         state.shapes = [tuple(w.shape) for w in weights]
         state.calls += 1
     return spectra
