@@ -61,7 +61,7 @@ class Results:
 
     def footer(self) -> str:
         rounds = sorted({row.rounds for rows in self.groups.values() for row in rows if not row.once})
-        times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(*rounds)
+        times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0] if rounds else 1)
         load, machine = self.machine["load_before"], self.machine
         busy = f", on a machine busy with other work (load {load:.0f})" if load > 0.5 * machine["cpu_cores"] else ""
         cuda = f", CUDA {machine['torch_cuda']}" if machine["kind"] == "cuda" else f", {machine['threads']} threads"

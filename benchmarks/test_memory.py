@@ -72,7 +72,7 @@ def race(scale: Scale, began: float | None) -> Race:
         for name, way in ((DENSE, Dense), (OURS, Pruned))
     ]
     title = f"memory of training, {setup}"
-    return Race(title, contestants, agree, full=scale.full, slow=0.0, baseline=DENSE, began=began)
+    return Race(title, contestants, agree, full=scale.full, slow=0.0, began=began)
 
 
 @pytest.mark.parametrize("name", entries([DENSE, OURS]))
