@@ -184,12 +184,18 @@ def main(arguments: list[str] | None = None) -> int:
     with fastest_convolutions():
         record(setup, device, trace)
     with gzip.open(trace, "rt") as file:
-        spans = [span for span in spans_of(json.load(file)["traceEvents"]) if span.step == STEPS // 2]
+        events = json.load(file)["traceEvents"]
+    found = spans_of(events)
+    spans = [span for span in found if span.step == STEPS // 2]
+    if not spans:
+        parser.error(f"the trace holds nothing that belongs to step {STEPS // 2} of {STEPS}: see {trace}")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     draw(spans, f"{setup}, {where}", options.output / "step_profile.png")
     times = busy(spans)
     for stage, time in times.items():
         print(f"{stage:<28} {time:>9.3f} ms  {time / sum(times.values()):>7.2%}")
+    if kernels := sum(event.get("cat") in ON_DEVICE for event in events):
+        print(f"{len(found)} of the {kernels} kernels in the trace belong to these parts of a step")
     return 0
 
 
