@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -369,10 +370,25 @@ def test_q_r9_the_published_length_has_two_updates_at_the_final_density() -> Non
     assert list(published) == list(range(100, 112_701, 100))
     final = (2**14 - round(0.9 * 2**14) + 1) / 2**14
     assert [step for step, density in published.items() if density == final] == [112_600, 112_700]
-    recipe = PublishedRecipe(1 - 0.9, 125_100, 100)
-    program = PublishedProgram({"w": torch.zeros(2, 2)}, [], recipe)
+    corrected = updates_and_density(125_100, 0.9, "corrected")
+    exact = (2**14 - round(0.9 * 2**14)) / 2**14
+    assert [step for step, density in corrected.items() if density == exact] == [112_500, 112_600, 112_700]
+    program = PublishedProgram({"w": torch.zeros(2, 2)}, [], PublishedRecipe(0.1, 125_100, 100))
     for step in (112_600, 112_700):  # nothing grows there: of a million active weights, not one
-        assert 0.3 / 2 * (1 + torch.tensor(step * torch.pi / program.updates_end).cos().item()) < 1e-6
+        assert 0.3 / 2 * (1 + math.cos(step * math.pi / program.updates_end)) < 1e-6
+
+
+def test_q_r2_the_rank_loss_is_computed_once_an_update() -> None:
+    program = PublishedProgram({"w": torch.zeros(2, 2)}, [], PublishedRecipe(0.1, 125_100, 100))
+    evaluations = 0
+    for program.t in range(125_100):
+        evaluations += program.window_is_open()
+    assert evaluations == 1127
+    pair, values = Pair(Net(), **USUAL), []
+    for _ in range(198):
+        pair.step(pair.gradients())
+        values.append(pair.pruner.last_rank_loss)
+    assert len({id(value) for value in values if value is not None}) == pair.published.updates_done == 62
 
 
 def test_q_r10_the_threshold_keeps_one_more_and_all_ties() -> None:
