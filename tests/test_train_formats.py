@@ -6,6 +6,7 @@ import argparse
 import builtins
 import copy
 import json
+import pickle
 import resource
 import signal
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import rpg_fast
 from rpg_fast.mask_formats import to_backward_masks
 from rpg_fast.train.checkpoint import load_checkpoint
-from rpg_fast.train.cli import main
+from rpg_fast.train.cli import explain_memory, main
 from rpg_fast.train.config import TrainConfig, UserError
 from rpg_fast.train.export import FORMATS, export
 from rpg_fast.train.formats import SavedNetwork, read_network, recognise
@@ -578,6 +579,8 @@ def test_evaluation_on_other_data_and_another_machine(tmp_path: Path, capsys: py
         ({"colour": 1}, "the configuration has unknown entries: colour"),
         ({"epochs": "many"}, "the configuration has a value of a wrong type"),
         ({"tail_energy": 3.0}, "--tail-energy must be between 0 and 1, got 3.0"),
+        ({3: 4}, "the configuration has unknown entries: 3"),
+        ({"tail_energy": torch.ones(3)}, "the configuration has a value of a wrong type"),
     ):
         damaged = saved(tmp_path / "damaged.pt", {**content, "config": {**content["config"], **change}})
         assert main(["evaluate", str(damaged), "--data=none"]) == 2
@@ -762,6 +765,11 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "text": ({"state_dict": {"a": "b"}}, "its entry 'a' is a str, wanted a tensor"),
     "no state_dict": ({"epoch": 3, "lr": 0.1}, "its entry 'epoch' is a int"),
     "another network": ({"vision.weight": torch.ones(3)}, "the weights fit none of resnet20, "),
+    "a later version": (
+        {"format": "rpg_fast.train/9"},
+        "is in the format rpg_fast.train/9, which another version wrote",
+    ),
+    "a whole module": (nn.Sequential(nn.Conv2d(1, 1, 1)), "torch.nn.modules.conv.Conv2d"),
     "convolutions": (
         {"conv1.weight": torch.ones(3), "fc.weight": torch.ones(())},
         "closest is resnet18: bn1.weight is missing; ",
@@ -797,6 +805,62 @@ def test_names_and_shapes_that_fit_nothing(tmp_path: Path) -> None:
     assert "fc.weight is torch.sparse_csr" in text({"fc.weight": state["fc.weight"].to_sparse_csr()})
 
 
+def test_weights_of_kinds_that_cannot_be_loaded(tmp_path: Path) -> None:
+    state = sparse_model()[0].state_dict()
+
+    def text(tensor: Tensor) -> str:
+        return refused(saved(tmp_path / "weights.pt", {**state, "fc.weight": tensor}))
+
+    weight = state["fc.weight"]
+    assert "fc.weight has no values" in text(weight.to("meta"))
+    assert "fc.weight is torch.complex64, wanted one of" in text(weight.to(torch.complex64))
+    assert "fc.weight is torch.int32, wanted one of" in text(weight.int())
+    assert "fc.weight is torch.sparse_coo, wanted a dense tensor" in text(weight.to_sparse())
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_bare_pickle(protocol: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"weights": [1, 2]}, protocol))
+    assert "is truncated or not a PyTorch checkpoint" in refused(tmp_path / "x.pkl")
+    assert capfd.readouterr().err == ""
+
+
+def test_sizes_beyond_the_memory(network: SavedNetwork, tmp_path: Path) -> None:
+    """A few bytes that stand for terabytes are refused before they are allocated, or as soon as they are not."""
+    content = checkpoint_of(*sparse_model())
+    with torch.device("meta"):
+        wide = build_model("resnet20", num_classes=7, width=10**6).state_dict()
+    content["model"]["width"] = 10**6
+    content["state_dict"] = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in wide.items()}
+    assert "allocate" in refused(saved(tmp_path / "wide.pt", {**content, "trainer": {"pruner": None}}))
+    export(network, tmp_path / "csr", "csr")
+    csr = torch.load(tmp_path / "csr", weights_only=True)
+    row = (torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1))
+    csr["state_dict"]["fc.weight"] = torch.sparse_csr_tensor(*row, (1, 2**41), check_invariants=True)
+    csr["shapes"]["fc.weight"] = [1, 2**41]
+    assert "fc.weight has the shape (1, 2199023255552), its model's is (7, 32)" in refused(saved(tmp_path / "c", csr))
+
+
+def test_memory_that_runs_out_is_told_in_one_line(
+    network: SavedNetwork, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("rpg_fast.train.loop.accuracy", full)
+    assert main(["evaluate", str(network.path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "rpg-fast evaluate: error: out of memory, 4611686018427387904 bytes more were wanted: a smaller"
+    )
+    assert told.count("\n") == 1
+    gpu = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...\nmore"
+    )
+    assert "out of memory, 2.00 GiB more were wanted" in str(explain_memory(gpu))
+    assert explain_memory(RuntimeError("another")) is None
+
+
 def test_an_architecture_that_the_file_contradicts(network: SavedNetwork) -> None:
     assert "is a resnet20, not a resnet50" in refused(network.path, arch="resnet50")
     assert read_network(network.path, arch="resnet20").arguments == network.arguments
@@ -825,6 +889,10 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         ({"config": 3}, "is incomplete: no config"),
         ({"model": None}, "is incomplete: no model"),
         ({"model": {"arch": "resnet20"}}, "num_classes"),
+        ({"model": {**content["model"], "width": "8"}}, "width must be a whole number of at least 1, got '8'"),
+        ({"model": {**content["model"], "stem": "x"}}, 'stem must be "imagenet" or "small", got \'x\''),
+        ({"trainer": {"pruner": None, "model": 3}}, "is incomplete: no model"),
+        ({"trainer": {"pruner": None, "model": {"a": 1}}}, "its entry 'a' is a int, wanted a tensor"),
     ):
         path = saved(tmp_path / "damaged.pt", {**content, **change})
         if expected:
@@ -871,6 +939,12 @@ def test_damaged_packed_exports(change: dict[str, Any], text: str, network: Save
     assert "is incomplete: no shapes" in refused(tmp_path / "damaged")
     safetensors.save_file(tensors, tmp_path / "damaged", {"config": "[1]"})
     assert "is incomplete: no config" in refused(tmp_path / "damaged")
+    for metadata, expected in (
+        ({"model": "[" * 100_000}, "its metadata are damaged: maximum recursion depth"),
+        ({"format": "rpg_fast.packed/2"}, "is in the format rpg_fast.packed/2, which another version wrote"),
+    ):
+        safetensors.save_file(tensors, tmp_path / "damaged", metadata)
+        assert expected in refused(tmp_path / "damaged")
 
 
 def test_damaged_csr_exports(network: SavedNetwork, tmp_path: Path) -> None:
@@ -883,5 +957,7 @@ def test_damaged_csr_exports(network: SavedNetwork, tmp_path: Path) -> None:
         return refused(saved(tmp_path / "damaged", changed))
 
     assert "fc.weight is torch.strided of shape (7, 32), wanted CSR (7, 32)" in text({"fc.weight": torch.ones(7, 32)})
-    assert "fc.weight is torch.sparse_csr of shape (7, 32), wanted CSR (7, 9)" in text({}, {"fc.weight": (7, 9)})
+    assert "fc.weight has the shape (7, 9), its model's is (7, 32)" in text({}, {"fc.weight": (7, 9)})
+    narrow = state["fc.weight"].to_dense()[:, :9].to_sparse_csr()
+    assert "fc.weight is torch.sparse_csr of shape (7, 9), wanted CSR (7, 32)" in text({"fc.weight": narrow})
     assert "other.weight is missing" in text({}, {"other.weight": (7, 9)})

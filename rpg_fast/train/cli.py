@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from .distributed import LostProcess, end_process, launched, prints_errors
 from .evaluate import add_evaluate
 from .export import add_export
 from .models import ARCHITECTURES, is_library
+from .pickles import first_line
 from .published import ALIASES, ALLOCATIONS, Given, add_published, batches, take
 from .recipes import RECIPES, describe, from_recipe
 
@@ -62,7 +64,7 @@ def _main(argv: list[str] | None) -> int:
             print(f"rpg-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        told = explain_lost_worker(error)
+        told = explain_lost_worker(error) or explain_memory(error)
         if told is None:
             raise
         print(f"rpg-fast {arguments.name}: error: {told}", file=sys.stderr)
@@ -72,6 +74,15 @@ def _main(argv: list[str] | None) -> int:
             again = "`rpg-fast train --resume DIR` goes on with a run"
             print(f"rpg-fast {arguments.name}: interrupted; {again}", file=sys.stderr)
         return 130
+
+
+def explain_memory(error: RuntimeError) -> str | None:
+    """What to do where a device or the machine had no more memory; None for other errors."""
+    text = first_line(error)
+    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+    if wanted is None:
+        return None
+    return f"out of memory, {wanted[1]} more were wanted: a smaller --batch-size, or parts of it (--accumulate N)"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -212,12 +212,12 @@ class TrainConfig:
         Raises:
             UserError: `values` has unknown names, or values of a wrong type or out of their range.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
         if unknown:
             raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
         try:
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise UserError(f"the configuration has a value of a wrong type: {error}") from error
 
 

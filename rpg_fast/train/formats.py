@@ -17,13 +17,14 @@ import rpg_fast
 from rpg_fast.mask_formats import from_backward_masks
 from rpg_fast.masks import MaskLayout
 
+from .checkpoint import FORMAT as CHECKPOINT
 from .config import UserError
 from .models import ARCHITECTURES, build_model, is_library
 from .packed import from_csr, unpack
 from .pickles import first_line, load_pickle
 
-CHECKPOINT = "rpg_fast.train/"  # and a version
 PACKED, CSR = "rpg_fast.packed/1", "rpg_fast.csr/1"
+KNOWN = (CHECKPOINT, PACKED, CSR)
 WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,15 +97,15 @@ def read_network(
         content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, trust_pickle)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # the latter: sizes beyond the memory
+        raise UserError(f"{path}: {first_line(error)}") from error
     try:
         chosen, averaged = _chosen(content, weights)
         state_dict = _plain_names(chosen)
         model, arguments = _restore(state_dict, content.arguments, arch)
         masks = _masks(content, model, state_dict)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
     return SavedNetwork(path, content.kind, model, arguments, state_dict, masks, content.config, averaged)
 
 
@@ -137,8 +138,9 @@ def _read_safetensors(path: Path) -> _Content:
         raise ValueError(f"truncated or no safetensors file: {error}") from error
     try:
         told = {key: json.loads(metadata[key]) for key in ("model", "config", "shapes") if key in metadata}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its metadata are damaged: {error}") from error
+    _check_mark(metadata.get("format"))
     if metadata.get("format") == PACKED:
         state_dict, masks = unpack(tensors, _shapes(told))
         return _Content("packed export", state_dict, _entry(told, "model", dict), _entry(told, "config", dict), masks)
@@ -151,7 +153,8 @@ def _read_torch(path: Path, trust_pickle: bool) -> _Content:
     if not isinstance(content, Mapping):
         raise ValueError(f"holds a {type(content).__name__}, wanted a checkpoint or a state_dict")
     mark = content.get("format")
-    if isinstance(mark, str) and mark.startswith(CHECKPOINT):
+    _check_mark(mark)
+    if mark == CHECKPOINT:
         return _read_checkpoint(content)
     if mark == CSR:
         state_dict, masks = from_csr(_weights(content), _shapes(content))
@@ -182,10 +185,23 @@ def _entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
     return content[key]
 
 
+def _check_mark(mark: Any) -> None:
+    if isinstance(mark, str) and mark.startswith("rpg_fast.") and mark not in KNOWN:
+        raise ValueError(f"is in the format {mark}, which another version wrote; this one reads {', '.join(KNOWN)}")
+
+
 def _shapes(content: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shapes of the sparse weights, which have to be those of the model: so much is about to be allocated."""
     shapes = _entry(content, "shapes", dict)
     for name, shape in shapes.items():
         _check_shape(name, shape)
+    try:
+        model = _skeleton(_entry(content, "model", dict))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"its model cannot be built: {first_line(error)}") from error
+    for name, shape in shapes.items():
+        if name in model and tuple(shape) != tuple(model[name].shape):
+            raise ValueError(f"{name} has the shape {tuple(shape)}, its model's is {tuple(model[name].shape)}")
     return shapes
 
 
@@ -240,6 +256,8 @@ def _restore(
     model = build_model(**arguments)
     wanted = model.state_dict()
     for name, tensor in state_dict.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no values")
         if wanted[name].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}, wanted one of {', '.join(map(str, WEIGHT_DTYPES))}")
     model.load_state_dict(state_dict, strict=True)
@@ -271,14 +289,13 @@ def recognise(state_dict: Mapping[str, Tensor], architectures: Iterable[str] = A
 
 
 def _arguments(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    channels = 3 if arch.startswith("torchvision:") else PROBE_CHANNELS
-    probe = _skeleton({"arch": arch, "num_classes": PROBE_CLASSES, "in_channels": channels})
-    classifier = next((name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,)), None)
-    first = next((name for name, tensor in probe.items() if tensor.shape[1:2] == (PROBE_CHANNELS,)), None)
+    """What a network of `arch` with these weights is built with, as far as its first and last layer tell."""
+    first, last = _ends(arch)
     arguments: dict[str, Any] = {"arch": arch, "num_classes": 1, "in_channels": 3}
-    if (head := _like(classifier, probe, state_dict)) is not None:
+    head, stem = (state_dict.get(name) for name in (last, first))
+    if head is not None and head.dim() > 0:
         arguments["num_classes"] = max(1, len(head))
-    if (stem := _like(first, probe, state_dict)) is not None:
+    if stem is not None and stem.dim() == 4:
         arguments["in_channels"] = max(1, stem.shape[1])
         if arch in ARCHITECTURES:
             arguments["width"] = max(1, len(stem))
@@ -286,10 +303,15 @@ def _arguments(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     return arguments
 
 
-def _like(name: str | None, probe: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> Tensor | None:
-    """The tensor of that name, if it has as many dimensions as the one in `probe`."""
-    tensor = state_dict.get(name or "")
-    return tensor if name is not None and tensor is not None and tensor.dim() == probe[name].dim() else None
+def _ends(arch: str) -> tuple[str, str]:
+    """The names of the weights that take the channels in and give the classes out; empty where there is none."""
+    if arch in ARCHITECTURES:
+        return "conv1.weight", "fc.weight"
+    channels = 3 if arch.startswith("torchvision:") else PROBE_CHANNELS  # the former takes no other number
+    probe = _skeleton({"arch": arch, "num_classes": PROBE_CLASSES, "in_channels": channels})
+    first = (name for name, tensor in probe.items() if tensor.shape[1:2] == (PROBE_CHANNELS,))
+    last = (name for name, tensor in probe.items() if tensor.shape[:1] == (PROBE_CLASSES,))
+    return next(first, ""), next(last, "")
 
 
 def _skeleton(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

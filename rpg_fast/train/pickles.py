@@ -16,6 +16,7 @@ import torch
 from .config import UserError
 
 ZIP_MAGIC = b"PK\x03\x04"
+SHOWN = 4  # of the refused classes, and of the entries that hold them
 PYTHON_2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as pickles of protocol 2 have them
 
 
@@ -45,7 +46,7 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
     if not trust:
         raise UserError(
             f"{path} cannot be read as a checkpoint: it holds objects that only run as code, {refused}; "
-            "if you trust where it comes from, --trust-pickle loads them"
+            "if you trust where it comes from, `rpg-fast evaluate` and `export` load them with --trust-pickle"
         )
     try:
         return _load(path, weights_only=False)
@@ -55,7 +56,7 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
 
 def _load(path: Path, *, weights_only: bool) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.simplefilter("ignore")  # about how the file was made
         return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
@@ -69,10 +70,15 @@ def _refused(path: Path, message: str) -> str:
                 content = _Outline(file).load()
     except Exception:  # a hostile file may be anything; the message of torch.load is left
         return _global_in(message)
-    if not isinstance(content, dict):
-        return ", ".join(sorted(unsafe))
-    keys = {key: sorted(unsafe & set(_globals_below(value))) for key, value in content.items()}
-    return ", ".join(f"{key} ({', '.join(names)})" for key, names in keys.items() if names) or ", ".join(sorted(unsafe))
+    keys: dict[Any, list[str]] = {}
+    if isinstance(content, dict):
+        keys = {key: sorted(unsafe & set(_globals_below(value))) for key, value in content.items()}
+    return _listed([f"{key} ({_listed(names)})" for key, names in keys.items() if names] or sorted(unsafe))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _global_in(message: str) -> str:
