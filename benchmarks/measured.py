@@ -35,7 +35,7 @@ class Row:
     @property
     def representative(self) -> bool:
         """Whether it does the whole job, as well as others do."""
-        good = not (self.facts.get("inaccurate", False) or self.wrong or self.facts.get("part", False))
+        good = not (self.facts.get("inaccurate", False) or self.wrong)
         if self.role == "ours":
             good = good and self.facts.get("gradient_error", 0.0) <= FP32_GRADE
         return good and self.facts.get("calls", 1) == 1
@@ -54,10 +54,11 @@ class Results:
         return [title for title in self.groups if title.startswith(start)]
 
     def races(self) -> dict[str, list[Row]]:
-        """The groups that compare the speed of ways to do one job; growth, errors and memory have tables and pictures
-        of their own."""
+        """The groups that compare the speed of ways to do one job, without those that do a part of it; growth, errors
+        and memory have tables and pictures of their own."""
         others = {*self.titles("growth, "), *self.titles("rank loss, error"), *self.titles("memory")}
-        return {title: rows for title, rows in self.groups.items() if title not in others}
+        whole = {title: [r for r in rows if not r.facts.get("part")] for title, rows in self.groups.items()}
+        return {title: rows for title, rows in whole.items() if title not in others}
 
     def footer(self) -> str:
         rounds = sorted({row.rounds for rows in self.groups.values() for row in rows if not row.once})

@@ -106,6 +106,8 @@ def test_training_steps_and_memory(results: Path, tmp_path: Path) -> None:
     assert "| rpg_fast | 101 ms | 2,535 | +1.00% |" in text
     assert "| dense | 100 ms | 2,560 |  |" in text
     assert "| rpg_fast | 430 MB | 21 GB | 33.4 MB | optimizer 102 MB, masks 12.8 MB | 30 MB |" in text
+    assert "| rpg_fast: step | 100 ms | 2,560 | +0.00% |" in text
+    assert "`rpg_fast: step`" not in text  # no contestant for the whole job
     short = report.summary(measured.read(results))
     assert "| `rpg_fast`: **101 ms** | **4x**, 4x |" in short
     assert "Beside a training step of 100 ms (dense): +300.0% as published; +1.0% rpg_fast." in short
