@@ -16,6 +16,7 @@ from torch import nn
 import rpg_fast
 from rpg_fast.train.cli import build_parser
 from rpg_fast.train.published import batches
+from rpg_fast.train.recipes import from_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -161,6 +162,16 @@ def options(command: str) -> dict[str, Any]:
     given = {name: value for name, value in vars(parsed).items() if name not in ("command", "name")}
     batches(given, PROCESSES)
     return {name: value for name, value in given.items() if name not in ("named", "notes")}
+
+
+def test_the_published_line_is_the_recipe() -> None:
+    [line] = [command for command in commands(ROOT / "docs" / "migrate.md") if "--lamb 4" in command]
+    given = options(line.partition("-m rpg_fast train")[2])
+    same = {name: given[name] for name in ("data", "pretrained")}
+    published, recipe = (from_recipe(choice).to_dict() for choice in (given, {"recipe": "rpg-98", **same}))
+    for values in (published, recipe):
+        del values["recipe"], values["start"]  # that of a file of weights, said or not
+    assert published == recipe
 
 
 def code(cell: str) -> list[str]:
