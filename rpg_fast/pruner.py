@@ -156,7 +156,7 @@ class RankPruner:
             distribution=distribution, criterion=criterion, rank_every=rank_every, grow_steps=grow_steps,
         )  # fmt: skip
         self.drop = self._topology.drop
-        self._published = semantics == "official"
+        self.semantics, self._published = semantics, semantics == "official"
         self._mean = GradientMean(grow_steps)
         # What "power" draws is a function of how often it was called: the same in every process, which all add the
         # gradient for themselves, and after a resume.
@@ -358,9 +358,10 @@ class RankPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, masks, what had been active before, and the states of rank loss, criterion and generator. The options
-        are the constructor's business; of them, only the sparsity is kept, and checked."""
+        are the constructor's business; of them, only sparsity and semantics are kept, and checked."""
         return {
             "sparsity": self.sparsity,
+            "semantics": self.semantics,
             "step_count": self.step_count,
             "masks": self.masks.state_dict(),
             "ever_active": self._ever_active.state_dict(),
@@ -377,16 +378,18 @@ class RankPruner:
         """Restores what `state_dict` returned and zeroes what the masks exclude; load model and optimizer first.
 
         Raises:
-            ValueError: the state of other weights, of another target sparsity, or something else.
+            ValueError: the state of other weights, of another target sparsity or semantics, or something else.
         """
         wanted = {
-            *("sparsity", "step_count", "masks", "ever_active", "topology", "gradients", "momentum"),
+            *("sparsity", "semantics", "step_count", "masks", "ever_active", "topology", "gradients", "momentum"),
             *("rank_calls", "rank_state", "last_rank_loss", "generator"),
         }
         if set(state) != wanted:
             raise ValueError(f"not the state of a RankPruner: got keys {sorted(state)}, wanted {sorted(wanted)}")
         if state["sparsity"] != self.sparsity:
             raise ValueError(f"the saved state prunes to sparsity {state['sparsity']}, this pruner to {self.sparsity}")
+        if state["semantics"] != self.semantics:
+            raise ValueError(f"the saved state has semantics {state['semantics']!r}, this pruner {self.semantics!r}")
         for name, mine in (("generator", self.generator), ("momentum", self._momentum)):
             if (state[name] is None) != (mine is None):
                 raise ValueError(
@@ -394,7 +397,7 @@ class RankPruner:
                 )
         self.masks.load_state_dict(state["masks"])
         self._ever_active.load_state_dict(state["ever_active"])
-        self._topology.load_state_dict(state["topology"])
+        self._topology.load_state_dict(state["topology"], state["step_count"])
         self._mean.load_state_dict(state["gradients"], self.masks.bits.device)
         if self._momentum is not None:
             self._momentum.load_state_dict(state["momentum"])

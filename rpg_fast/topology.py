@@ -79,10 +79,12 @@ class Corrected:
         return self.layout.select(weights, counts, eligible=bits, absolute=True, per_tensor=self.per_tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number.clone()}
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.number.copy_(state["number"])
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Goes on after `step`, which alone tells the number of the next update: an altered schedule reaches its
+        target too."""
+        self.number.fill_(max(0, min(step, self.schedule.last_update) - self.schedule.begin) // self.schedule.every)
 
 
 class Official:
@@ -177,11 +179,13 @@ class Official:
         return self.layout.pack(magnitude >= threshold for magnitude in magnitudes)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).clone() for name in ("number", "zeros", "stationary")}
+        return {"zeros": self.zeros.clone(), "stationary": self.stationary.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("number", "zeros", "stationary"):
-            getattr(self, name).copy_(state[name])
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Goes on after `step`."""
+        self.number.fill_(min(step, self.end - 1) // self.every)
+        self.zeros.copy_(state["zeros"])
+        self.stationary.copy_(state["stationary"])
 
 
 class GradientMean:

@@ -592,6 +592,34 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(
     assert torch.equal(pruner.last_rank_loss, other[2].last_rank_loss)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"update_every": 5},
+        {"update_every": 20},
+        {"schedule": ExponentialSparsity(sparsity=0.8, every=3, begin=44, end=80)},
+    ],
+)
+def test_a_resume_with_another_schedule_follows_it(schedule: dict[str, Any], device: torch.device) -> None:
+    """The number of an update depends on the step alone, not on how many the old schedule had made by then."""
+    model = make_net(device)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    pruner = RankPruner(model, optimizer, sparsity=0.8, total_steps=80, update_every=10)
+    train(model, optimizer, pruner, range(40))
+    state, active = pruner.state_dict(), int(pruner.masks.count().sum())
+    pruner = RankPruner(model, optimizer, sparsity=0.8, total_steps=80, **schedule)
+    pruner.load_state_dict(state)
+    numel = sum(pruner.masks.layout.numels)
+
+    def after(step: int, stepped: bool) -> None:
+        if not stepped:
+            planned = numel - round_half_up(pruner.schedule(step + 1), numel)
+            assert int(pruner.masks.count().sum()) == min(planned, active)
+
+    train(model, optimizer, pruner, range(40, 80), after)
+    assert int(pruner.masks.count().sum()) == numel - round_half_up(0.8, numel)
+
+
 @pytest.mark.parametrize("rank_method", ["exact", "power"])
 def test_the_rank_gradient_is_the_same_in_every_process(rank_method: str, device: torch.device) -> None:
     """Whatever each has drawn before: processes add it to their reduced gradients without exchanging it."""
@@ -638,6 +666,10 @@ def test_bad_states(device: torch.device) -> None:
     other = RankPruner(model, optimizer, sparsity=0.9, total_steps=10, update_every=2, weights={"x": model.a.weight})
     with pytest.raises(ValueError, match="belong to other weights"):
         pruner.load_state_dict(other.state_dict())
+    official = RankPruner(model, optimizer, sparsity=0.9, total_steps=10, update_every=2, semantics="official")
+    for mine, theirs in ((pruner, official), (official, pruner)):
+        with pytest.raises(ValueError, match="the saved state has semantics"):
+            mine.load_state_dict(theirs.state_dict())
     assert pruner.step_count == 0
 
 
