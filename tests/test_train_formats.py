@@ -889,7 +889,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         ({"config": 3}, "is incomplete: no config"),
         ({"model": None}, "is incomplete: no model"),
         ({"model": {"arch": "resnet20"}}, "num_classes"),
-        ({"model": {**content["model"], "width": "8"}}, "width must be a whole number of at least 1, got '8'"),
+        ({"model": {**content["model"], "width": "8"}}, "width must be a whole number, got '8'"),
         ({"model": {**content["model"], "stem": "x"}}, 'stem must be "imagenet" or "small", got \'x\''),
         ({"trainer": {"pruner": None, "model": 3}}, "is incomplete: no model"),
         ({"trainer": {"pruner": None, "model": {"a": 1}}}, "its entry 'a' is a int, wanted a tensor"),

@@ -191,8 +191,10 @@ def build_model(
     spec = ARCHITECTURES[arch]
     base = spec.base_width if width is None else width
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", base)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if stem not in (None, "imagenet", "small"):
         raise ValueError(f'stem must be "imagenet" or "small", got {stem!r}')
     return ResNet(
