@@ -35,6 +35,7 @@ VARIANTS = {
     "sgd": (),
     "all": ("--criterion=set", "--optimizer=adamw", "--ema-decay=0.9", "--mixup=0.2", "--accumulate=2"),
     "momentum": ("--criterion=momentum", "--autocast=fp16", "--rank-method=power", "--optimizer-impl=torch"),
+    "official": ("--semantics=official", "--rank-every=update", "--grow-steps=3"),
 }
 TIMES = ("images_per_second", "waiting")
 
