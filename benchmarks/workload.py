@@ -46,5 +46,4 @@ def _threshold(weights: list[Tensor], sparsity: float) -> Tensor:
 
 def before_update(pruner: rpg_fast.RankPruner) -> dict[str, Any]:
     """The state of a pruner of RECIPE with these masks whose next step is UPDATE."""
-    made = torch.tensor(UPDATE // EVERY - 1)
-    return pruner.state_dict() | {"step_count": UPDATE - 1, "topology": {"number": made}}
+    return pruner.state_dict() | {"step_count": UPDATE - 1}
