@@ -171,11 +171,11 @@ class Official:
         dtype = reference.accumulation_dtype(list(weights))
         magnitudes = [w.abs().to(dtype) for w in weights]
         least = [
-            torch.where(mask, magnitude, torch.inf).amin()
+            torch.where(mask & ~magnitude.isnan(), magnitude, torch.inf).amin()  # NaN is the best, but no threshold
             for mask, magnitude in zip(self.layout.unpack(best), magnitudes, strict=True)
             if magnitude.numel()
         ]
-        threshold = torch.stack(least).amin()
+        threshold = torch.stack(least).amin() if least else torch.inf
         return self.layout.pack(magnitude >= threshold for magnitude in magnitudes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class GradientMean:
             self.sums = [torch.zeros_like(g, dtype=dtype) for g in grads]
         if opening:
             torch._foreach_zero_(self.sums)
-        torch._foreach_add_(self.sums, torch._foreach_div(grads, float(self.steps)))
+        torch._foreach_add_(self.sums, grads, alpha=1 / self.steps)  # no quotient that 16 bits would round
         return self.sums
 
     def state_dict(self) -> dict[str, Any]:

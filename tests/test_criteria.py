@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpg_fast import MaskedSGD, RankPruner
 from rpg_fast.rank_loss import LEFT_OUT
+from rpg_fast.topology import GradientMean
 
 SHAPES = [(6, 3, 3, 3), (20, 16), (8, 6, 3, 3)]
 
@@ -328,6 +329,16 @@ def test_the_mean_of_the_last_gradients_says_what_grows(grow_steps: int, device:
         grown = mask & ~before[name]
         assert grown.any()
         assert mean[grown].min() >= mean[~mask & ~before[name]].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_16_bit_gradients_are_not_rounded_on_the_way(dtype: torch.dtype, device: torch.device) -> None:
+    """A third of float16's smallest number is zero in float16."""
+    mean = GradientMean(3)
+    values = torch.tensor([2.0**-24, 3e-7, 1.0, -7.0], dtype=dtype, device=device)
+    for step in range(3):
+        means = mean.observe([values], opening=step == 0)
+    torch.testing.assert_close(means[0], values.float(), rtol=1e-6, atol=0)
 
 
 def test_a_state_in_the_middle_of_a_window_goes_on(device: torch.device) -> None:
