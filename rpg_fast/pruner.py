@@ -404,7 +404,8 @@ class RankPruner:
         self._rank_calls.copy_(state["rank_calls"])
         self.rank_state.load_state_dict(state["rank_state"])
         self.step_count = state["step_count"]
-        self.last_rank_loss = state["last_rank_loss"]
+        loss = state["last_rank_loss"]
+        self.last_rank_loss = None if loss is None else loss.to(self._rank_calls.device, copy=True)
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         self._before.copy_(self.masks.bits)

@@ -308,9 +308,11 @@ def _by_power(
 ) -> tuple[Tensor, ...]:
     device = weights[0].device
     kept = RankState() if state is None else state
-    cold = kept.windows is None or kept.windows.device != device
-    windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device) if cold else kept.windows
-    rounds = filtered.COLD_ROUNDS if cold else filtered.WARM_ROUNDS
+    if kept.windows is None:
+        windows = torch.zeros(len(weights), 2, dtype=torch.float64, device=device)
+        rounds = filtered.COLD_ROUNDS
+    else:  # of another device where a state was loaded
+        windows, rounds = kept.windows.to(device), filtered.WARM_ROUNDS
     if isinstance(generator, Tensor):
         seed = generator
     else:
