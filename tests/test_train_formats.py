@@ -587,6 +587,28 @@ def test_evaluation_on_other_data_and_another_machine(tmp_path: Path, capsys: py
         assert f"{damaged}: {text}" in capsys.readouterr().err
 
 
+def test_evaluation_of_a_folder_names_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 1), ("val", 5)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                image.new("RGB", (40, 40), (50 * number, 9, 9)).save(tmp_path / part / name / f"{number}.jpg")
+    bad = tmp_path / "val" / "dog" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    model, masks = sparse_model(num_classes=2)
+    path = saved(tmp_path / "checkpoint.pt", checkpoint_of(model, masks, num_classes=2))
+    command = ["evaluate", str(path), f"--data=folder:{tmp_path}", "--image-size=32", "--workers=0"]
+    assert main(command) == 2
+    assert f"cannot read the image {bad}" in capsys.readouterr().err
+    assert main([*command, "--bad-images=skip", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], list(found["bad_images"])) == (9, [str(bad)])
+    assert found["accuracy"] * 9 == pytest.approx(round(found["accuracy"] * 9))
+    assert main([*command, "--bad-images=skip"]) == 0
+    assert f"not in the accuracy: {bad}: " in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------ other packages
 
 

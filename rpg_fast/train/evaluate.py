@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from .data import Dataset
 from .export import add_source, read_source, which_weights
 from .formats import SavedNetwork
 from .layers import NetworkStatistics, layer_table, network_statistics
+from .result import BAD_IMAGES_SHOWN
 from .sparse_cost import NetworkCost, network_cost
 
 NO_DATA = "none"
@@ -24,7 +26,8 @@ OPTIONS = tuple(field.name for field in fields(TrainConfig))
 @dataclass(frozen=True)
 class Evaluation:
     """The figures of one file. `accuracy` is a fraction, None where no data was named; `statistics` has the zeros of
-    the masks, which differ from those of the weights where a weight that is kept is 0."""
+    the masks, which differ from those of the weights where a weight that is kept is 0. `images` are those that the
+    accuracy is of; `bad_images` {file: reason} could not be read."""
 
     network: SavedNetwork
     data: str | None
@@ -33,6 +36,7 @@ class Evaluation:
     tail_energy: float
     statistics: NetworkStatistics
     cost: NetworkCost
+    bad_images: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None for what is not finite."""
@@ -44,7 +48,8 @@ class Evaluation:
             "averaged": self.network.averaged,
             "data": self.data,
             "images": self.images,
-            "accuracy": self.accuracy,
+            "accuracy": None if self.accuracy is None else _finite(self.accuracy),
+            "bad_images": dict(self.bad_images),
             "sparsity": statistics.sparsity,
             "weights": statistics.size,
             "pruned": statistics.zeros,
@@ -92,6 +97,10 @@ class Evaluation:
             f"{cost.image_size} pixels, were every pruned weight skipped",
             f"size       {cost.sparse_parameters:,} of {cost.parameters:,} parameters",
         ]
+        for name, reason in list(self.bad_images.items())[:BAD_IMAGES_SHOWN]:
+            lines.append(f"not in the accuracy: {name}: {reason}")
+        if len(self.bad_images) > BAD_IMAGES_SHOWN:
+            lines.append(f"not in the accuracy: {len(self.bad_images) - BAD_IMAGES_SHOWN:,} more that --json lists")
         if cost.uncounted:
             lines.append(f"not in the FLOPs: {', '.join(cost.uncounted)}, whose layers the forward pass does not call")
         return "\n".join(lines)
@@ -114,13 +123,16 @@ def evaluate(network: SavedNetwork, overrides: dict[str, Any]) -> Evaluation:
     config = _configuration(network, overrides)
     device = choose_device(config)
     model = place(network.model, device, config)
+    bad_images: Mapping[str, str] = {}
     measured, images, image_size = None, 0, config.image_size or _usual_size(network)
     if data != NO_DATA:
         dataset = load_data(config).to(device)
         _check_fit(network, dataset)
         choose_threads(config, dataset)
-        measured = accuracy(model, evaluation_batches(dataset, config), config)
-        images, image_size = len(dataset.test), dataset.image_size
+        batches = evaluation_batches(dataset, config)
+        measured = accuracy(model, batches, config)
+        bad_images, image_size = batches.bad_images, dataset.image_size
+        images = len(dataset.test) - len(bad_images)
     return Evaluation(
         network,
         None if data == NO_DATA else data,
@@ -129,6 +141,7 @@ def evaluate(network: SavedNetwork, overrides: dict[str, Any]) -> Evaluation:
         config.tail_energy,
         _with_masks(network_statistics(model, config.tail_energy), network),
         _cost(network, image_size),
+        bad_images,
     )
 
 
