@@ -1,4 +1,4 @@
-"""What each process of test_train_ddp.py does: torchrun --nproc-per-node N ddp_train.py TASK OUT."""
+"""What each process of test_train_ddp.py does: torchrun --nproc-per-node N ddp_train.py TASK OUT TASK OUT ..."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from rpg_fast.train.cli import main
 from rpg_fast.train.config import Stopped, TrainConfig, UserError
 from rpg_fast.train.data import load_digits
 from rpg_fast.train.distributed import Team, end_process, join
-from rpg_fast.train.loop import Trainer
+from rpg_fast.train.loop import EpochMetrics, Trainer
 
 CONFIG = TrainConfig(
     batch_size=66,  # four processes get 17, 17, 16 and 16
@@ -27,7 +28,7 @@ CONFIG = TrainConfig(
     accumulate=2,
 )
 STOP_AT = 29
-KILLED_RANK, KILLED_STEP = 1, 17
+KILLED_STEP = 17
 
 
 def make_trainer(team: Team, *, group_norm: bool, config: TrainConfig = CONFIG) -> Trainer:
@@ -74,27 +75,42 @@ def stopped(team: Team, out: Path) -> None:
             torch.save(state, out)
 
 
+def resumed(team: Team, out: Path) -> None:
+    """Goes on from what `stopped` has left in state, and leaves the network and the figures of the epochs."""
+    saved = torch.load(out.with_name("state"), weights_only=True)
+    trainer = make_trainer(team, group_norm=True)
+    trainer.evaluated.load_state_dict(saved["state_dict"])
+    trainer.load_state_dict(saved["trainer"])
+    assert (trainer.epoch, trainer.position, trainer.step) == (1, 9, STOP_AT)
+    rows: list[EpochMetrics] = []
+    trainer.run(rows.append)
+    assert trainer.pruner is not None
+    masks, figures = trainer.pruner.masks.unpack(), [(row.train_loss, row.train_accuracy) for row in rows]
+    if team.leads:
+        torch.save({"state_dict": trainer.model.state_dict(), "masks": masks, "figures": figures}, out)
+
+
 def astray(team: Team, out: Path) -> None:
-    """Rank 1 changes one weight a little."""
+    """The last rank changes one weight a little."""
     trainer = make_trainer(team, group_norm=True)
 
     def on_step() -> None:
-        if trainer.step == 7 and team.rank == 1:
+        if trainer.step == 7 and team.rank == team.world - 1:
             with torch.no_grad():
                 trainer.model[3].weight.view(-1)[5] += 1e-12
 
     try:
         trainer.run(lambda metrics: None, on_step)
     except UserError as error:
-        out.with_suffix(f".{team.rank}").write_text(f"{trainer.step} {error}")
+        out.with_name(f"{out.name}.{team.rank}").write_text(f"{trainer.step} {error}")
 
 
-def killed(arguments: list[str]) -> int:
-    """`rpg-fast train`, in which one rank is killed in the middle of a step."""
+def killed(rank: int, arguments: list[str]) -> int:
+    """`rpg-fast train`, in which that rank is killed in the middle of a step."""
     original = Trainer.train_step
 
     def train_step(trainer: Trainer, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        if trainer.step == KILLED_STEP and trainer.team.rank == KILLED_RANK:
+        if trainer.step == KILLED_STEP and trainer.team.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(trainer, *batch)
 
@@ -102,16 +118,20 @@ def killed(arguments: list[str]) -> int:
     return main(arguments)
 
 
+TASKS = {
+    "group": partial(whole, group_norm=True),
+    "batch": partial(whole, group_norm=False),
+    "stopped": stopped,
+    "resumed": resumed,
+    "astray": astray,
+}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    task, out = sys.argv[1], Path(sys.argv[2])
-    if task == "killed":
-        sys.exit(killed(sys.argv[2:]))
-    with join() as team:
-        if task == "stopped":
-            stopped(team, out)
-        elif task == "astray":
-            astray(team, out)
-        else:
-            whole(team, out, group_norm=task == "group")
+    if sys.argv[1] == "killed":
+        sys.exit(killed(int(sys.argv[2]), sys.argv[3:]))
+    with join() as everyone:
+        for task, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            TASKS[task](everyone, Path(file))
     end_process(0)

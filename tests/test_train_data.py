@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import re
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +23,10 @@ from rpg_fast.train.checkpoint import load_checkpoint
 from rpg_fast.train.cli import main
 from rpg_fast.train.config import TrainConfig, UserError
 from rpg_fast.train.data import Batches, Dataset, explain_lost_worker
+from rpg_fast.train.distributed import ALONE, Team
 from rpg_fast.train.folder import MEAN, STD, default_workers, load_folder
 from rpg_fast.train.loop import Trainer
+from rpg_fast.train.run import Run, load_data
 from rpg_fast.train.throughput import Meter, Throughput
 
 CLASSES = ("cat", "dog", "newt")
@@ -484,6 +489,20 @@ def test_default_workers_leave_a_core() -> None:
     assert default_workers(10 * cores) == 1
 
 
+def test_the_processes_of_a_machine_share_its_cores(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    assert [default_workers(local_world) for local_world in (1, 2, 4, 8, 16, 32)] == [15, 7, 3, 1, 1, 1]
+    config = TrainConfig(data=f"folder:{tree}")
+    assert load_data(config, local_world=4).train.workers == 3  # type: ignore[attr-defined]
+    assert load_data(replace(config, workers=9), local_world=4).test.workers == 9  # type: ignore[attr-defined]
+
+    seen: list[int] = []
+    monkeypatch.setattr("rpg_fast.train.run.load_data", lambda config, local_world: seen.append(local_world) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run(config, replace(ALONE, local_world=4))
+    assert seen == [4]
+
+
 def test_options_of_folders(tmp_path: Path) -> None:
     config = TrainConfig(data=f"folder:{tmp_path}/birds", workers=0, bad_images="skip")
     assert config.name == "birds-resnet20-98"
@@ -548,6 +567,78 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     assert whole["trainer"]["step"] == resumed["trainer"]["step"] == 12
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda root: (root / "train/cat/0.jpeg").unlink(), "(train: 14 now, 15 then)"),
+        (lambda root: picture(1).save(root / "val/dog/new.png"), "(test: 10 now, 9 then)"),
+        (lambda root: (root / "train/cat/0.jpeg").rename(root / "train/cat/9.jpeg"), "(train: 15 others now, 15 then)"),
+        (lambda root: (root / "train/cat/0.jpeg").rename(root / "train/dog/9.jpeg"), "(train: 15 others now, 15 then)"),
+    ],
+    ids=["removed", "added", "renamed", "another class"],
+)
+def test_other_images_are_noticed_by_resume(
+    change: Callable[[Path], object],
+    told: str,
+    own_tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
+    options = ("--image-size=16", "--width=4", "--epochs=2", "--batch-size=5", "--update-every=2", "--sparsity=0.5")
+    out, data = tmp_path / "run", f"--data=folder:{own_tree}"
+    assert run("train", data, *options, "--no-dense-baseline", "--workers=0", "--device=cpu", f"--out={out}") == 0
+    (own_tree / "train/cat/notes.txt").touch()  # no image
+    assert run("train", f"--resume={out}") == 0
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    change(own_tree)
+    capsys.readouterr()
+    assert run("train", f"--resume={out}") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    changed = f"the images in folder:{own_tree} are not those that the run in {out} began with {told}"
+    assert line == f"rpg-fast train: error: {changed}: it goes on exactly with the same ones only"
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_processes_that_find_different_images_are_told(tree: Path) -> None:
+    data = load(tree)
+    other = replace(data, test=replace(data.test, files=data.train.files))  # type: ignore[type-var]
+
+    class TwoMachines(Team):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, other.record()]
+
+    lonely = object.__new__(Run)
+    lonely.team, lonely.dataset = TwoMachines(), data
+    with pytest.raises(UserError, match=r"different images in folder:.*: test: 15 on rank 1, 9 on rank 0"):
+        lonely._agreed_record()
+
+
+def test_skipped_images_are_told_at_the_end_and_kept_in_a_file(
+    own_tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpg_fast.train.run.draw_report", lambda *arguments: None)
+    bad = [own_tree / "train" / "cat" / "0.jpeg", own_tree / "val" / "dog" / "0.jpeg"]
+    for file in bad:
+        truncate(file)
+    options = ("--image-size=16", "--width=4", "--epochs=3", "--batch-size=5", "--update-every=2", "--sparsity=0.5")
+    out = tmp_path / "run"
+    words = (*options, "--no-dense-baseline", "--bad-images=skip", "--device=cpu", f"--out={out}")
+    assert run("train", f"--data=folder:{own_tree}", "--workers=1", *words) == 0
+    printed = capfd.readouterr().out
+    assert re.search(
+        r"^throughput +[\d,]+ images/s, \d+\.\d% of the time waiting for data: (data|compute) bound$", printed, re.M
+    )
+    assert re.search(r"^sparse  epoch   1/3 .* waiting for data \d+\.\d% \((data|compute) bound\)$", printed, re.M)
+    assert f"bad images        2 could not be read, all of them in {out / 'bad_images.csv'}\n" in printed
+    assert all(f" {file}: image file is truncated" in printed for file in bad)
+    with open(out / "bad_images.csv", newline="") as table:
+        assert [row["file"] for row in csv.DictReader(table)] == sorted(map(str, bad))
+    assert run("train", f"--resume={out}") == 0  # it has ended: nothing is read any more
+    assert "2 could not be read" in capfd.readouterr().out
 
 
 def test_a_bad_image_ends_training_in_one_line(

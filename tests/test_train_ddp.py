@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import ddp_train
 import pytest
 import torch
+from test_train_resume import differing, flat
 
 from rpg_fast.train.checkpoint import load_checkpoint
 from rpg_fast.train.config import TrainConfig, UserError
@@ -28,23 +32,38 @@ def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(),
     )
 
 
-def trained(processes: int, norm: str, out: Path) -> dict[str, Any]:
-    if processes == 1:
-        ddp_train.whole(Team(), out, group_norm=norm == "group")
-    else:
-        done = torchrun(processes, SCRIPT, norm, out)
-        assert done.returncode == 0, done.stderr
-    return torch.load(out, weights_only=True)
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to after 60 steps with updates, in float64 and with GroupNorm."""
-    return trained(1, "group", tmp_path_factory.mktemp("alone") / "out")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what one process comes to: after 60 steps with updates, in float64 and with GroupNorm, and in
+    the middle of them."""
+    folder = tmp_path_factory.mktemp("alone")
+    ddp_train.whole(Team(), folder / "group", group_norm=True)
+    ddp_train.stopped(Team(), folder / "state")
+    ddp_train.resumed(Team(), folder / "resumed")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
+def several(request: pytest.FixtureRequest, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A number of processes, and a folder with what they come to; they go on with the state of one."""
+    folder = tmp_path_factory.mktemp("several")
+    shutil.copy(alone / "state", folder / "state")
+    words = [word for task in ddp_train.TASKS if task != "stopped" for word in (task, folder / task)]
+    done = torchrun(request.param, SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    return request.param, folder
+
+
+def read(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True)
 
 
 def same_network(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -54,43 +73,59 @@ def same_network(one: dict[str, Any], other: dict[str, Any]) -> None:
         torch.testing.assert_close(other["state_dict"][name], weight, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_any_number_of_processes_train_the_same_network(processes: int, alone: dict[str, Any], tmp_path: Path) -> None:
-    several = trained(processes, "group", tmp_path / "out")
-    same_network(alone, several)
-    assert len(several["digests"]) == processes
-    assert all(several["same"])
-    assert len(set(several["digests"])) == 1
-    pruned = sum(int((~mask).sum()) for mask in several["masks"].values())
-    assert pruned == round(0.8 * sum(mask.numel() for mask in several["masks"].values()))
+def test_any_number_of_processes_train_the_same_network(alone: Path, several: tuple[int, Path]) -> None:
+    processes, folder = several
+    found = read(folder / "group")
+    same_network(read(alone / "group"), found)
+    assert len(found["digests"]) == processes
+    assert all(found["same"])
+    assert len(set(found["digests"])) == 1
+    pruned = sum(int((~mask).sum()) for mask in found["masks"].values())
+    assert pruned == round(0.8 * sum(mask.numel() for mask in found["masks"].values()))
 
 
-def test_batch_norm_differs_by_rank_and_masks_do_not(tmp_path: Path) -> None:
-    result = trained(2, "batch", tmp_path / "out")
-    assert len(set(result["digests"])) == 1
-    assert all(result["same"])
-    assert len(result["digests"]) == 2
+def test_batch_norm_differs_by_rank_and_masks_do_not(several: tuple[int, Path]) -> None:
+    processes, folder = several
+    found = read(folder / "batch")
+    assert len(found["digests"]) == processes
+    assert len(set(found["digests"])) == 1
+    assert all(found["same"])
 
 
-def test_another_number_of_processes_goes_on_with_the_same_state(alone: dict[str, Any], tmp_path: Path) -> None:
-    """Two processes stop in the middle of an epoch, one goes on, and ends where one alone would."""
-    done = torchrun(2, SCRIPT, "stopped", tmp_path / "state")
+def same_end(alone: Path, found: dict[str, Any]) -> None:
+    """The network of one process that has never stopped, and its figures: the same images, each once."""
+    same_network(read(alone / "group"), found)
+    for (loss, hits), (expected, expected_hits) in zip(
+        found["figures"], read(alone / "resumed")["figures"], strict=True
+    ):
+        assert loss == pytest.approx(expected, rel=1e-5)  # the sums are float32
+        assert hits == expected_hits
+
+
+def test_several_processes_go_on_where_one_stopped(alone: Path, several: tuple[int, Path]) -> None:
+    same_end(alone, read(alone / "resumed"))
+    same_end(alone, read(several[1] / "resumed"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), pytest.param(4, 2, marks=pytest.mark.full), pytest.param(2, 4, marks=pytest.mark.full)],
+)
+def test_another_number_of_processes_goes_on_with_the_same_state(
+    before: int, after: int, alone: Path, tmp_path: Path
+) -> None:
+    done = torchrun(before, SCRIPT, "stopped", tmp_path / "state")
     assert done.returncode == 0, done.stderr
-    saved = torch.load(tmp_path / "state", weights_only=True)
-    trainer = ddp_train.make_trainer(Team(), group_norm=True)
-    trainer.evaluated.load_state_dict(saved["state_dict"])
-    trainer.load_state_dict(saved["trainer"])
-    assert (trainer.epoch, trainer.position, trainer.step) == (1, 9, ddp_train.STOP_AT)
-    assert trainer.pruner is not None
-    rows: list[Any] = []
-    trainer.run(rows.append)
-    masks = trainer.pruner.masks.unpack()
-    same_network(alone, {"state_dict": trainer.model.state_dict(), "masks": masks})
-    reference = ddp_train.make_trainer(Team(), group_norm=True)
-    expected: list[Any] = []
-    reference.run(expected.append)
-    assert [row.train_loss for row in rows] == pytest.approx([row.train_loss for row in expected[1:]], rel=1e-5)
-    assert [row.train_accuracy for row in rows] == [row.train_accuracy for row in expected[1:]]
+    saved, expected = read(tmp_path / "state"), read(alone / "state")
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-9, atol=1e-9)
+    assert torch.equal(*(state["trainer"]["pruner"]["masks"]["bits"] for state in (saved, expected)))
+    if after == 1:
+        ddp_train.resumed(Team(), tmp_path / "resumed")
+    else:
+        done = torchrun(after, SCRIPT, "resumed", tmp_path / "resumed")
+        assert done.returncode == 0, done.stderr
+    same_end(alone, read(tmp_path / "resumed"))
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -110,13 +145,12 @@ def test_the_parts_of_all_processes_are_the_batch(world: int, first: int) -> Non
     assert sorted(torch.cat(labels).tolist()) == sorted(data.test.labels.tolist())
 
 
-def test_a_rank_that_goes_astray_is_named(tmp_path: Path) -> None:
-    done = torchrun(2, SCRIPT, "astray", tmp_path / "told")
-    assert done.returncode == 0, done.stderr
-    told = {(tmp_path / f"told.{rank}").read_text() for rank in range(2)}
+def test_a_rank_that_goes_astray_is_named(several: tuple[int, Path]) -> None:
+    processes, folder = several
+    told = {(folder / f"astray.{rank}").read_text() for rank in range(processes)}
     assert len(told) == 1
-    text = told.pop()
-    assert text.startswith("20 the processes no longer agree at step 20: rank 1 differs in the weights of 3.weight")
+    named = f"rank {processes - 1} differs in the weights of 3.weight"
+    assert told.pop().startswith(f"20 the processes no longer agree at step 20: {named}")
 
 
 def test_differences_name_ranks_and_tensors() -> None:
@@ -152,30 +186,61 @@ CLI = (
 )
 
 
-def test_a_killed_rank_ends_the_run_in_one_line_and_the_restart_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "rank"),
+    [(2, 1), pytest.param(2, 0, marks=pytest.mark.full), pytest.param(4, 2, marks=pytest.mark.full)],
+)
+def test_a_killed_rank_ends_the_run_in_one_line_and_the_restart_is_exact(
+    processes: int, rank: int, tmp_path: Path
+) -> None:
     folder = tmp_path / "killed"
-    killed = torchrun(2, SCRIPT, "killed", "train", *CLI, f"--out={folder}")
+    killed = torchrun(processes, SCRIPT, "killed", rank, "train", *CLI, f"--out={folder}")
     assert killed.returncode != 0
     ours = [line for line in killed.stderr.splitlines() if "rpg-fast" in line]
-    assert ours == [
-        f"rpg-fast train: error: rank 1 of 2 has ended at step {ddp_train.KILLED_STEP}, so the run ends; "
-        f"`rpg-fast train --resume {folder}` goes on"
-    ]
+    ended = f"rank {rank} of {processes} has ended at step {ddp_train.KILLED_STEP}, so the run ends"
+    assert ours == [f"rpg-fast train: error: {ended}; `rpg-fast train --resume {folder}` goes on"]
     assert "rpg_fast/train" not in killed.stderr  # the launcher's own traceback apart, there is none
     assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["step"] == 16
-    resumed = torchrun(2, "-m", "rpg_fast", "train", f"--resume={folder}")
+    resumed = torchrun(processes, "-m", "rpg_fast", "train", f"--resume={folder}")
     assert resumed.returncode == 0, resumed.stderr
-    whole = torchrun(2, "-m", "rpg_fast", "train", *CLI, f"--out={tmp_path / 'whole'}")
+    whole = torchrun(processes, "-m", "rpg_fast", "train", *CLI, f"--out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
-    one, other = (load_checkpoint(path / "checkpoint.pt") for path in (folder, tmp_path / "whole"))
-    for name, weight in one["state_dict"].items():
-        assert torch.equal(weight, other["state_dict"][name]), name
-    assert torch.equal(*(saved["trainer"]["pruner"]["masks"]["bits"] for saved in (one, other)))
-    for row, expected in zip(one["metrics"], other["metrics"], strict=True):
-        times = {"images_per_second": 0, "waiting": 0}
-        assert {**row, **times} == {**expected, **times}
-    assert "2 processes, each on CPU with 1 thread" in whole.stdout
+    same_run(folder, tmp_path / "whole")
+    assert f"{processes} processes, each on CPU with 1 thread" in whole.stdout
     assert whole.stdout.count("sparse accuracy") == 1
+
+
+def same_run(folder: Path, other: Path) -> None:
+    """The checkpoints are equal bit for bit, but for times."""
+    one, two = (load_checkpoint(path / "checkpoint.pt") for path in (folder, other))
+    for saved in (one, two):
+        for row in saved["metrics"]:
+            row.update(images_per_second=0, waiting=0)
+        saved["config"].pop("checkpoint_every")
+    assert differing(dict(flat(one)), dict(flat(two))) == []
+
+
+@pytest.mark.full
+def test_sigterm_to_the_launcher_saves_and_the_restart_is_exact(tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    options = (*CLI, "--epochs=8", "--checkpoint-every=1000")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    running = subprocess.Popen(
+        [*launcher, "-m", "rpg_fast", "train", *options, f"--out={folder}"], stderr=subprocess.PIPE, env=environment()
+    )
+    while not (folder / "checkpoint.pt").exists():
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    told = running.communicate(timeout=100)[1].decode()
+    assert told.count("rpg-fast train: stopped after step ") == 1
+    step = load_checkpoint(folder / "checkpoint.pt")["trainer"]["step"]
+    assert f"stopped after step {step} of" in told
+    assert step % 10 or step < 80
+    for words in ((f"--resume={folder}",), (*options, f"--out={tmp_path / 'whole'}")):
+        done = torchrun(2, "-m", "rpg_fast", "train", *words)
+        assert done.returncode == 0, done.stderr
+    same_run(folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,33 @@ def test_a_dense_network_that_cannot_be_kept_does_not_end_the_run(
     assert [row["epoch"] for row in load_checkpoint(folder / "dense.pt")["metrics"]] == [1, 2, 3]
 
 
+@pytest.mark.full
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """The first checkpoint fits on it, a second beside the first does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f'mount -t tmpfs -o size=400k tmpfs {disk}; "$@"; cp -r {disk} {tmp_path / "left"}'
+    mount = ["unshare", "--mount", "sh", "-ec", script]
+    if subprocess.run([*mount, "-", "true"], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    command = 'rm -rf "$0"; "$@" || echo status $?'
+    train = [sys.executable, "-m", "rpg_fast", "train", *TINY, f"--out={disk / 'run'}"]
+    words = ["sh", "-c", command, tmp_path / "left", *train]
+    done = subprocess.run([*mount, "-", *words], capture_output=True, text=True, timeout=100)
+    assert done.stdout.endswith("status 2\n")
+    assert "sparse accuracy" in done.stdout
+    told = done.stderr.splitlines()
+    assert told[0].startswith(f"warning: cannot write {disk / 'run' / 'checkpoint.pt'}: No space left on device (")
+    assert told[-1] == (
+        f"rpg-fast train: error: could not write checkpoint.pt, report.png in {disk / 'run'}; "
+        f"`rpg-fast train --resume {disk / 'run'}` does when there is room"
+    )
+    left = tmp_path / "left" / "run"
+    assert load_checkpoint(left / "checkpoint.pt")["trainer"]["epoch"] == 1
+    assert len((left / "metrics.csv").read_text().splitlines()) == 4
+    assert not [file for file in left.iterdir() if file.name.startswith(".")]
+
+
 def test_a_picture_that_cannot_be_kept_is_told_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

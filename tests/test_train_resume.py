@@ -105,21 +105,31 @@ def _in_child(action: Callable[..., int], *arguments: Any) -> None:
 
 
 def killed_at(moment: int) -> None:
-    """From now on this process kills itself at that step, write or rename, counted from 1."""
+    """From now on this process kills itself at that step, write or rename, counted from 1; in a write in the middle."""
     left = moment
+
+    def due() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            if due():
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **named)
 
         return call
 
+    def half_written(handle: int, mode: str) -> Any:
+        if due():
+            os.write(handle, b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fdopen(handle, mode)
+
+    fdopen = os.fdopen
     Trainer.train_step = counted(Trainer.train_step)  # type: ignore[method-assign]
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    os.replace, os.fsync, os.fdopen = counted(os.replace), counted(os.fsync), half_written  # type: ignore[assignment]
     files.tempfile.mkstemp = counted(files.tempfile.mkstemp)
 
 
@@ -140,7 +150,7 @@ def kill_and_resume(folder: Path, options: tuple[str, ...], moments: list[int]) 
     assert in_child(go, folder, options, None) == 0
 
 
-MOMENTS = 180  # steps, writes and renames in a whole run, at least
+MOMENTS = 200  # steps, writes and renames in a whole run, at least
 
 
 @pytest.mark.parametrize(
@@ -155,16 +165,44 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(variant: str, tmp_path: 
     assert [file.name for file in (tmp_path / "killed").iterdir() if file.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_run_killed_before_its_first_step_can_be_begun_or_resumed(moment: int, tmp_path: Path) -> None:
+    """In the first writes, of the configuration; the last of these is in the first step."""
+    assert in_child(go, tmp_path / "run", SPARSE, moment) == -signal.SIGKILL
+    assert (tmp_path / "run" / "config.json").exists() == (moment > 4)
+    assert in_child(go, tmp_path / "run", (*SPARSE, "--epochs=1", "--update-every=2"), None) == 0
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt"}
+
+
+KILLS = 20
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_random_kills(variant: str, tmp_path: Path) -> None:
-    options = VARIANTS[variant]
+    """By turns from outside after a random time, and from inside at a random step, write or rename. A run that has
+    come to its end is compared with one that was left alone, and another one begun."""
+    options, draw = VARIANTS[variant], random.Random(variant)
+    start = time.monotonic()
     assert in_child(train, tmp_path / "whole", *options) == 0
-    whole, draw = content(tmp_path / "whole"), random.Random(20)
-    for number in range(20):
-        folder = tmp_path / f"killed {number}"
-        kill_and_resume(folder, options, [draw.randint(1, MOMENTS)])
-        assert differing(whole, content(folder)) == []
+    seconds, whole = time.monotonic() - start, content(tmp_path / "whole")
+    kills = ends = 0
+    while kills < KILLS or ends == 0:
+        folder = tmp_path / f"killed {ends}"
+        last = kills >= KILLS
+        moment = draw.randint(1, MOMENTS) if kills % 2 and not last else None
+        child = FORKS.Process(target=_in_child, args=(go, folder, options, moment))
+        child.start()
+        child.join(300 if moment or last else draw.uniform(0, seconds))
+        if child.is_alive():
+            child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        kills += child.exitcode != 0
+        if child.exitcode == 0:
+            ends += 1
+            assert differing(whole, content(folder)) == []
+            assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
 
 
 def test_sigterm_saves_and_exits_0(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -148,7 +150,8 @@ class Team:
             if not first:
                 return [], False
             time.sleep(SECONDS_TO_REPORT)
-            return [rank for rank in range(self.world) if not self.store.check([f"left/{rank}"])], True
+            silent = [rank for rank in range(self.world) if not self.store.check([f"left/{rank}"])]
+            return [rank for rank in silent if not lives(self.store.get(f"process/{rank}").decode())], True
         except RuntimeError:  # the store has ended with its process
             return [], True
 
@@ -171,6 +174,7 @@ def join() -> Iterator[Team]:
         torch.cuda.set_device(local_rank)
     try:
         store, rank, world = next(rendezvous("env://"))
+        store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
         dist.init_process_group(store=PrefixStore("group", store), rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
@@ -184,6 +188,17 @@ def join() -> Iterator[Team]:
     finally:
         if together:  # else the others may wait for this process, which only its end tells them
             dist.destroy_process_group()
+
+
+def lives(process: str) -> bool:
+    """Whether a process, given as its number and its machine, is known to run: it may wait for a neighbour, and not
+    know yet that another has ended. Of other machines nothing is known."""
+    number, _, machine = process.partition(" ")
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return machine == socket.gethostname() and state not in ("Z", "X")  # ended, and not yet taken note of
 
 
 def launched() -> bool:

@@ -83,6 +83,7 @@ class Trainer:
         self.model, self.config, self.name, self.team = model, config, name, team
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.image_shape = (dataset.in_channels, dataset.image_size, dataset.image_size)
         self.order = torch.Generator().manual_seed(config.seed)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.mixup = MixUp(config.mixup, config.seed)
@@ -118,6 +119,27 @@ class Trainer:
             network.compile()
         return network
 
+    def _order_buckets(self) -> None:
+        """A pass over black images that leaves no trace but the order of DistributedDataParallel's buckets. They take
+        that of the first gradients, and it decides how three and more ranks round a sum: a resumed run shall do so as
+        one that was never interrupted."""
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        states = random_states(self.device)
+        mine = torch.arange(self.config.batch_size).tensor_split(self.team.world)[self.team.rank]
+        size = len(mine.tensor_split(self.config.accumulate)[0])
+        images = torch.zeros(size, *self.image_shape, device=self.device, dtype=self.dtype)
+        labels = torch.zeros(size, device=self.device, dtype=torch.int64)
+        self.model.train()
+        with autocast(self.device, self.config):
+            logits = self.network(images.contiguous(memory_format=memory_format(self.config)))
+            loss = self.criterion(logits, labels)
+        loss.backward()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        restore_random_states(states, self.device)
+
     def _no_totals(self) -> tuple[Tensor, Tensor]:
         """Loss and hits of this epoch on this rank, summed on the device."""
         return torch.zeros((), device=self.device), torch.zeros((), device=self.device, dtype=torch.int64)
@@ -128,6 +150,8 @@ class Trainer:
         Raises:
             UserError: the weights are no longer finite, or not the same on all ranks.
         """
+        if isinstance(self.network, DistributedDataParallel) and self.epoch < self.config.epochs:
+            self._order_buckets()
         terminal = sys.stderr.isatty() and self.team.leads
         with tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", disable=not terminal) as bar:
             while self.epoch < self.config.epochs:
