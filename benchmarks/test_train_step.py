@@ -8,9 +8,11 @@ Ordinary steps and the steps of topology updates are timed apart; what is report
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks.conftest import Scale
@@ -130,3 +132,28 @@ def race(scale: Scale, began: float | None) -> Iterator[Race]:
 @pytest.mark.parametrize("name", entries(NAMES))
 def test_train_step(name: str, race: Race, benchmark: Any) -> None:
     race.report(name, benchmark)
+
+
+@pytest.mark.full
+def test_one_compilation_serves_everyone() -> None:
+    """As on a GPU: hooks come and go, weights are put back, and the compiled network stays what it is."""
+    setup = replace(Setup.of(torch.device("cpu"), full=False), compiled=True, bf16=True)
+    network = Network(setup, torch.device("cpu"))
+    dense, published, pruned = Dense(network), Published(network), Pruned(network)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outcomes = {}
+        for name, training, step in (
+            (DENSE, dense, dense.step),
+            (PUBLISHED + ORDINARY, published, published.step),
+            (PUBLISHED_ALWAYS + ORDINARY, published, published.rank_step),
+            (OURS + ORDINARY, pruned, pruned.step),
+        ):
+            training.restore()
+            step()
+            outcomes[name] = training.results()
+        for way in (published, pruned):
+            way.restore()
+            way.update()
+    measures = agreement(network)(outcomes)
+    assert set(measures) == {PUBLISHED + ORDINARY, OURS + ORDINARY}
+    assert not any("wrong" in found for found in measures.values())
