@@ -89,7 +89,7 @@ def plan_counts(
             last sparsity.
     """
     numels = [w.numel() for w in weights.values()]
-    if isinstance(distribution, str) and distribution not in DISTRIBUTIONS:
+    if not isinstance(distribution, Mapping) and distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS} or a mapping, got {distribution!r}")
     if distribution == "global_magnitude":
         return [[kept_count(sum(numels), sparsity)] for sparsity in sparsities]

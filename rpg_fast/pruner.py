@@ -14,7 +14,14 @@ from rpg_fast import grouping
 from rpg_fast.criteria import Criterion, Momentum, check_scores, make_criterion
 from rpg_fast.masks import PackedMasks, mask_gradients_
 from rpg_fast.optim import MaskedAdamW, MaskedSGD
-from rpg_fast.rank_loss import LEFT_OUT, RankState, add_published_rank_grad_, add_rank_grad_, check_options
+from rpg_fast.rank_loss import (
+    LEFT_OUT,
+    RankState,
+    add_published_rank_grad_,
+    add_rank_grad_,
+    check_options,
+    check_scalar,
+)
 from rpg_fast.schedules import ConstantSparsity, Schedule, make_schedule
 from rpg_fast.stats import PruneStats
 from rpg_fast.topology import GradientMean, make_topology
@@ -135,6 +142,8 @@ class RankPruner:
             raise TypeError(f"model must be a module, got {type(model).__name__}")
         self.weights = grouping.named_weights(grouping.prunable_weights(model) if weights is None else weights)
         self._check_optimizer()
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         self.sparsity, self.total_steps = sparsity, total_steps
         self.criterion, self._grow = criterion, make_criterion(criterion, self.weights, optimizer)
         self._momentum = self._grow if isinstance(self._grow, Momentum) else None
@@ -172,6 +181,9 @@ class RankPruner:
             self._adopt(bits, bits)
 
     def _check_rank_options(self) -> None:
+        check_scalar("rank_weight", self.rank_weight)
+        if not isinstance(self.rank_weight, Tensor) and not math.isfinite(self.rank_weight):
+            raise ValueError(f"rank_weight must be finite, got {self.rank_weight}")
         if not self._uses_rank_loss():
             return
         if not self.rank_layers:
@@ -184,7 +196,7 @@ class RankPruner:
     def _check_optimizer(self) -> None:
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(self.optimizer).__name__}")
-        if type(self.optimizer).__name__ in MIXING_OPTIMIZERS:
+        if any(kind.__name__ in MIXING_OPTIMIZERS for kind in type(self.optimizer).__mro__):
             name = type(self.optimizer).__name__
             raise TypeError(
                 f"{name} mixes the elements of a weight, so pruned ones would come back: take another optimizer"

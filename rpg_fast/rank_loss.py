@@ -364,8 +364,7 @@ def check_options(
     """Raises ValueError or TypeError for what `rank_loss` does not take."""
     if state is not None and not isinstance(state, RankState):
         raise TypeError(f"state must be a RankState, got {type(state).__name__}")
-    if not isinstance(tail_energy, (Tensor, int, float)):
-        raise TypeError(f"tail_energy must be a float or a 0-d tensor, got {type(tail_energy).__name__}")
+    check_scalar("tail_energy", tail_energy)
     devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"weights must be on one device, got {sorted(map(str, devices))}")
@@ -389,12 +388,18 @@ def check_options(
         raise ValueError(f"tail_energy must lie in [0, 1], got {tail_energy}")
 
 
-def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A 0-d float64 tensor on `device`, made there without a copy from the host."""
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raises ValueError or TypeError for what is neither a number nor a tensor with one element."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a float or a tensor with one element, got shape {tuple(value.shape)}")
-        return value.detach().reshape(()).to(device=device, dtype=torch.float64)
-    if not isinstance(value, (int, float)):
+    elif not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
+
+
+def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d float64 tensor on `device`, made there without a copy from the host."""
+    check_scalar(name, value)
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device=device, dtype=torch.float64)
     return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -11,6 +11,11 @@ import math
 from dataclasses import dataclass
 
 
+def _check_whole(name: str, value: object) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Schedule:
     sparsity: float
@@ -20,6 +25,10 @@ class _Schedule:
     until: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("every", "begin", "end"):
+            _check_whole(name, getattr(self, name))
+        if self.until is not None:
+            _check_whole("until", self.until)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), got {self.sparsity}")
         if self.every < 1:
@@ -167,8 +176,10 @@ def make_schedule(
 
     Raises:
         ValueError: an unknown name, an object that contradicts `sparsity` or `total_steps`, fractions outside (0, 1],
-            or no room for one update.
+            or no room for one update. TypeError: steps that are not whole.
     """
+    _check_whole("total_steps", total_steps)
+    _check_whole("update_every", update_every)
     if not isinstance(schedule, str):
         if schedule.sparsity != sparsity:
             raise ValueError(f"sparsity={sparsity} contradicts the schedule's {schedule.sparsity}")

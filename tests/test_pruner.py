@@ -823,6 +823,14 @@ def test_two_processes_end_with_the_masks_of_the_first(tmp_path: Path) -> None:
         ({"rank_weight": 1.0, "tail_energy": 2.0}, ValueError, "tail_energy must lie in"),
         ({"rank_weight": 1.0, "min_sparsity": -1.0}, ValueError, "min_sparsity must lie in"),
         ({"weights": {}}, ValueError, "no weights"),
+        ({"distribution": None}, ValueError, "distribution must be one of .* got None"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"rank_weight": "4"}, TypeError, "rank_weight must be a float or a 0-d tensor, got str"),
+        ({"rank_weight": math.nan}, ValueError, "rank_weight must be finite, got nan"),
+        ({"rank_weight": torch.ones(2)}, ValueError, r"rank_weight must be .* got shape \(2,\)"),
+        ({"rank_weight": 1.0, "tail_energy": torch.ones(2)}, ValueError, r"tail_energy must be .* got shape \(2,\)"),
+        ({"update_every": 10.0}, TypeError, "update_every must be a whole number of steps, got 10.0"),
+        ({"total_steps": "100"}, TypeError, "total_steps must be a whole number of steps, got '100'"),
     ],
     ids=str,
 )
@@ -832,6 +840,15 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     with pytest.raises(error, match=message):
         RankPruner(model, optimizer, **{"sparsity": 0.9, "total_steps": 100, "update_every": 10, **options})
+
+
+def test_variants_of_mixing_optimizers_are_refused() -> None:
+    class Mine(torch.optim.LBFGS):
+        pass
+
+    model = make_net(torch.device("cpu"))
+    with pytest.raises(TypeError, match="Mine mixes the elements of a weight"):
+        RankPruner(model, Mine(model.parameters()), sparsity=0.9, total_steps=100, update_every=10)
 
 
 def test_optimizer_must_hold_the_weights() -> None:
