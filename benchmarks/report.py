@@ -22,20 +22,40 @@ BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 def summary(results: Results) -> str:
-    """Markdown, a line a job: the usual way (the first peer), the fastest peer, the fastest of ours."""
+    """Markdown, a line a job: the usual way (the first peer), the fastest peer, the fastest of ours. Three jobs or more
+    that differ only in what follows the first comma of their titles, as in shape, share a line with the ranges."""
     lines = ["| | usual way | best plain torch | rpg_fast | faster by |", "|---|---|---|---|---|"]
+    families: dict[str, list[tuple[str, Row, Row, Row]]] = {}
     for title, rows in results.races().items():
         peers = [row for row in rows if row.role == "peer"]
         mine = [row for row in rows if row.role == "ours"]
-        if not peers or not mine:
-            continue
-        usual, best = peers[0], _fastest(peers)
-        ours = _fastest(mine)
-        cells = [f"{row.name}: {seconds(row.median)}" for row in (usual, best)]
-        ratios = f"**{_faster(ours, usual)}**, {_faster(ours, best)}"
-        lines.append(f"| {title} | {' | '.join(cells)} | `{ours.name}`: **{seconds(ours.median)}** | {ratios} |")
+        if peers and mine:
+            family = families.setdefault(title.partition(", ")[0], [])
+            family.append((title, peers[0], _fastest(peers), _fastest(mine)))
+    for name, jobs in families.items():
+        lines += [_range_of(name, jobs)] if len(jobs) > 2 else [_line_of(*job) for job in jobs]
     notes = [line for title in results.titles("training step") for line in ("", _overheads(results.groups[title]))]
     return "\n".join([*lines, *notes, "", results.footer()])
+
+
+def _line_of(title: str, usual: Row, best: Row, ours: Row) -> str:
+    cells = " | ".join(f"{row.name}: {seconds(row.median)}" for row in (usual, best))
+    ratios = f"**{_faster(ours, usual)}**, {_faster(ours, best)}"
+    return f"| {title} | {cells} | `{ours.name}`: **{seconds(ours.median)}** | {ratios} |"
+
+
+def _range_of(name: str, jobs: list[tuple[str, Row, Row, Row]]) -> str:
+    """The least and the most that ours is faster by; "wrong" where one of them is."""
+    cells, ratios = [], []
+    for column in (1, 2):
+        cells.append(" or ".join(dict.fromkeys(job[column].name for job in jobs)))
+        if any(row.wrong for job in jobs for row in (job[column], job[3])):
+            ratios.append("wrong")
+        else:
+            faster = sorted(job[3].faster[job[column].name] for job in jobs)
+            ratios.append(f"{times(faster[0])} to {times(faster[-1])}")
+    ours = " or ".join(dict.fromkeys(f"`{job[3].name}`" for job in jobs))
+    return f"| {name}, {len(jobs)} shapes | {' | '.join(cells)} | {ours} | **{ratios[0]}**, {ratios[1]} |"
 
 
 def _fastest(rows: list[Row]) -> Row:

@@ -64,6 +64,23 @@ def test_table_between_the_markers(results: Path, tmp_path: Path) -> None:
     assert "| a copy | 25 ms | 22.5 ms to 30 ms | 0.5x |" in complete
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_many_shapes_of_one_job_share_a_line(wrong: bool, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(results.read_text())
+    jobs = []
+    for shape, faster in (("2 x 2", 3.0), ("4 x 4", 0.5), ("8 x 8", 20.0)):
+        loop, ours, _ = json.loads(json.dumps(content["benchmarks"]))
+        ours["extra_info"]["times_faster_than"] = {"a loop": faster}
+        if wrong and shape == "4 x 4":
+            ours["extra_info"] |= {"wrong": "a NaN", "times_faster_than": {}}
+        jobs += [{**row, "group": f"a job, {shape}"} for row in (loop, ours)]
+    content["benchmarks"] = jobs
+    results.write_text(json.dumps(content))
+    assert report.main([str(results), "--images", str(results.parent)]) == 0
+    ratios = "**wrong**, wrong" if wrong else "**0.5x to 20x**, 0.5x to 20x"
+    assert f"| a job, 3 shapes | a loop | a loop | `rpg_fast.thing` | {ratios} |\n" in capsys.readouterr().out
+
+
 def test_who_is_wrong_has_no_ratio(results: Path, tmp_path: Path) -> None:
     content = json.loads(results.read_text())
     loop, ours, _ = content["benchmarks"]
