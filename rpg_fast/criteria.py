@@ -41,7 +41,8 @@ def nothing(*_: object) -> None:
 
 class Momentum:
     """The momentum of the dense gradients (Sparse Momentum, Dettmers and Zettlemoyer, 2019, without its redistribution
-    between layers), with the coefficient that the optimizer has for each weight (`momentum`, or `betas[0]`).
+    between layers), with the coefficient that the optimizer has for each weight at that step (`momentum`, or
+    `betas[0]`), which schedulers may change.
 
     The optimizer's own buffers cannot be asked: where the mask is zero they are zero. So this holds one more value per
     weight, float32 (float64 for float64 weights), which every step updates in a fixed number of launches; a step whose
@@ -52,38 +53,40 @@ class Momentum:
     """
 
     def __init__(self, weights: NamedWeights, optimizer: torch.optim.Optimizer):
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self.decays = [_momentum_of(groups[id(w)]) for w in weights.values()]
-        missing = [name for name, decay in zip(weights, self.decays, strict=True) if not decay]
+        self.weights = dict(weights)
+        missing = [name for name, decay in zip(weights, self._decays(optimizer), strict=True) if not decay]
         if missing:
             raise ValueError(
                 f'criterion="momentum" needs the optimizer\'s momentum, but {type(optimizer).__name__} has none for '
                 f'{missing[:5]} ({len(missing)} in all): set it, or take "rigl"'
             )
-        self.names = list(weights)
         self.layout = MaskLayout.of(weights.values())
         some = next(iter(weights.values()))
         dtype = reference.accumulation_dtype(list(weights.values()))
         self.flat = torch.zeros(sum(self.layout.numels), dtype=dtype, device=some.device)
 
-    def observe(self, grads: Sequence[Tensor], finite: Tensor) -> None:
+    def _decays(self, optimizer: torch.optim.Optimizer) -> list[float]:
+        decays = {id(p): _momentum_of(group) for group in optimizer.param_groups for p in group["params"]}
+        return [decays[id(w)] for w in self.weights.values()]
+
+    def observe(self, grads: Sequence[Tensor], finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """momentum <- decay * momentum + gradient, if `finite` (bool, 0-d)."""
         following = self.flat.clone()
         views = self.layout.views(self.layout.split(following))
-        torch._foreach_mul_(views, self.decays)
+        torch._foreach_mul_(views, self._decays(optimizer))
         torch._foreach_add_(views, self.layout.views(grads))
-        self.flat.copy_(torch.where(finite, following, self.flat))
+        torch.where(finite, following, self.flat, out=self.flat)
 
     def __call__(self, *_: object) -> Sequence[Tensor]:
         return self.layout.split(self.flat)
 
     def state_dict(self) -> dict[str, Tensor]:
         """{name: momentum in the weight's shape}."""
-        return {name: m.clone() for name, m in zip(self.names, self.layout.split(self.flat), strict=True)}
+        return {name: m.clone() for name, m in zip(self.weights, self.layout.split(self.flat), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
-        for name, mine in zip(self.names, self.layout.split(self.flat), strict=True):
+        for name, mine in zip(self.weights, self.layout.split(self.flat), strict=True):
             mine.copy_(state[name])
 
 

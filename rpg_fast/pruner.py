@@ -238,7 +238,7 @@ class RankPruner:
             means = self._mean.observe(grads, opening=ahead == self._mean.steps - 1) if window else grads
             finite = self._all_finite(grads)
             if momentum is not None:
-                momentum.observe(grads, finite)
+                momentum.observe(grads, finite, self.optimizer)
             if update:
                 self._update_topology(means, finite if means is grads else self._all_finite(means))
                 if not self._topology.trains_on_updates:

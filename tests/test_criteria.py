@@ -63,16 +63,17 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: RankPruner, 
 def test_momentum_grows_where_the_smoothed_dense_gradient_is_largest(
     layout: torch.memory_format, device: torch.device
 ) -> None:
-    """Also where the mask is zero, where the optimizer's own buffer is."""
+    """Also where the mask is zero, where the optimizer's own buffer is; with a coefficient that a scheduler changes."""
     model, optimizer, pruner = make(device, criterion="momentum", schedule="constant", distribution="uniform")
     model.to(memory_format=layout)
     momenta = {name: torch.zeros_like(w) for name, w in pruner.weights.items()}
     for step in range(12):
         set_gradients(model, step)
+        decay = optimizer.param_groups[0]["momentum"] = 0.9 - 0.07 * step
         if step == 5:
             model.l1.weight.grad[3, 2] = math.inf  # no part of this step counts
         else:
-            momenta = {name: 0.9 * m + pruner.weights[name].grad for name, m in momenta.items()}
+            momenta = {name: decay * m + pruner.weights[name].grad for name, m in momenta.items()}
         before = pruner.masks.unpack()
         weights = {name: w.detach().clone() for name, w in pruner.weights.items()}
         if pruner.step():
