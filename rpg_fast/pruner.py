@@ -240,6 +240,8 @@ class RankPruner:
             if momentum is not None:
                 momentum.observe(grads, finite, self.optimizer)
             if update:
+                if self._topology.trains_on_updates:  # by the gradients of what was active up to now
+                    mask_gradients_(self.weights.values(), self.masks)
                 self._update_topology(means, finite if means is grads else self._all_finite(means))
                 if not self._topology.trains_on_updates:
                     return False

@@ -698,6 +698,29 @@ def test_weights_of_nan_and_of_no_elements_take_nothing_with_them(semantics: str
             assert int((weights["a"] != 0).sum()) > 30
 
 
+@pytest.mark.parametrize("name", ["SGD", "MaskedSGD"])
+def test_what_an_official_update_brings_back_does_not_move_with_it(name: str, device: torch.device) -> None:
+    """Where zeros tie at the threshold everything comes back (Q-R11). With drop_fraction=0 the optimizer takes a step
+    at updates too, by gradients that were masked as they arose: before the update."""
+    weight = nn.Parameter(torch.arange(1.0, 101.0, device=device))
+    optimizer = {"SGD": torch.optim.SGD, "MaskedSGD": MaskedSGD}[name]([weight], 0.1)
+    pruner = RankPruner(
+        nn.Module(), optimizer, sparsity=0.5, total_steps=40, update_every=2, weights={"w": weight}, drop_fraction=0.0,
+        semantics="official",
+    )  # fmt: skip
+    for step in range(8):
+        if step == 7:
+            pruned = ~pruner.masks.unpack()["w"]
+            weight.data[-10:] = 0
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        assert pruner.step()
+        optimizer.step()
+    assert pruned.any()
+    assert pruner.masks.unpack()["w"].all()
+    assert torch.equal(weight == before, pruned)
+
+
 @pytest.mark.parametrize("distribution", ["global_magnitude", "erk", "uniform"])
 def test_finalize_after_an_early_stop(distribution: str, device: torch.device) -> None:
     model = make_net(device)
