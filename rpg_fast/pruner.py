@@ -94,8 +94,9 @@ class RankPruner:
     replaced.
 
     On a GPU, `step` can be captured in CUDA graphs, one of an ordinary step and one of a topology update, each after a
-    warm-up; what changes from update to update lies on the device. Choose by `updates_next`, and count what a graph has
-    done with `advance`::
+    warm-up; what changes from update to update lies on the device. All ordinary steps are alike with ``grow_steps=1``
+    and `rank_every` "update" or 1: capture no others. Choose by `updates_next`, and count what a graph has done with
+    `advance`; capture anew where `settle` has named layers::
 
         (updating if pruner.updates_next else training).replay()
         pruner.advance()
@@ -205,6 +206,14 @@ class RankPruner:
         missing = [name for name, w in self.weights.items() if id(w) not in held]
         if missing:
             raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
+        masks = self.optimizer.masks if isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)) else None
+        mine = {id(w) for w in self.weights.values()}
+        others = [name for name, w in masks.weights.items() if id(w) in held - mine] if masks is not None else []
+        if others:
+            raise ValueError(
+                f"the optimizer already masks {others[:5]} ({len(others)} in all), which this pruner does not prune: a "
+                "masked optimizer takes one pruner, of all its pruned weights (or set_masks(None) before)"
+            )
 
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0

@@ -881,6 +881,20 @@ def test_optimizer_must_hold_the_weights() -> None:
         RankPruner(model, optimizer, sparsity=0.9, total_steps=100, update_every=10)
 
 
+def test_a_masked_optimizer_takes_one_pruner() -> None:
+    """The masks of a second one would take the place of the first one's, whose weights would come back."""
+    model = make_net(torch.device("cpu"))
+    optimizer = MaskedSGD(model.parameters(), 0.1)
+    options: dict[str, Any] = {"sparsity": 0.9, "total_steps": 100, "update_every": 10}
+    RankPruner(model, optimizer, weights={"a": model.a.weight}, **options)
+    with pytest.raises(
+        ValueError, match=r"the optimizer already masks \['a'\] \(1 in all\), which this pruner does not"
+    ):
+        RankPruner(model, optimizer, weights={"b": model.b.weight}, **options)
+    pruner = RankPruner(model, optimizer, **options)  # all that was masked, and more
+    assert optimizer.masks is pruner.masks
+
+
 def test_schedule_objects_define_the_updates(device: torch.device) -> None:
     model = make_net(device)
     optimizer = OPTIMIZERS["SGD"](model.parameters())
