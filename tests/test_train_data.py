@@ -574,7 +574,7 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     [
         (lambda root: (root / "train/cat/0.jpeg").unlink(), "(train: 14 now, 15 then)"),
         (lambda root: picture(1).save(root / "val/dog/new.png"), "(test: 10 now, 9 then)"),
-        (lambda root: (root / "train/cat/0.jpeg").rename(root / "train/cat/9.jpeg"), "(train: 15 others now, 15 then)"),
+        (lambda root: (root / "train/cat/0.jpeg").rename(root / "train/cat/00.jpg"), "(train: 15 others now, 15 then)"),
         (lambda root: (root / "train/cat/0.jpeg").rename(root / "train/dog/9.jpeg"), "(train: 15 others now, 15 then)"),
     ],
     ids=["removed", "added", "renamed", "another class"],

@@ -165,7 +165,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(variant: str, tmp_path: 
     assert [file.name for file in (tmp_path / "killed").iterdir() if file.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("moment", range(1, 6))
+@pytest.mark.parametrize("moment", [2, 5, *(pytest.param(moment, marks=pytest.mark.full) for moment in (1, 3, 4))])
 def test_a_run_killed_before_its_first_step_can_be_begun_or_resumed(moment: int, tmp_path: Path) -> None:
     """In the first writes, of the configuration; the last of these is in the first step."""
     assert in_child(go, tmp_path / "run", SPARSE, moment) == -signal.SIGKILL

@@ -160,7 +160,12 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     group.add("--classes", "classes of the synthetic data", type=int, metavar="N")
     group.add("--train-images", "training images of the synthetic data", type=int, metavar="N")
     group.add("--test-images", "test images of the synthetic data", type=int, metavar="N")
-    group.add("--workers", "processes that decode image files (the cores less one, at most 16)", type=int, metavar="N")
+    group.add(
+        "--workers",
+        "processes that decode image files, for each that trains (its share of the cores less one, at most 16)",
+        type=int,
+        metavar="N",
+    )
     group.add(
         "--bad-images",
         "what to do with an image file that cannot be read: stop; or skip it, and say so",

@@ -128,7 +128,6 @@ class Run:
         )
 
     def _fit(self, trainer: Trainer, folder: RunFolder, file: str, stop: threading.Event) -> None:
-        folder.retry()  # the network of the part before
         self._restore(trainer, folder, file)
         events = EventWriter(folder.path, trainer, self.config) if self.team.leads and self.config.tensorboard else None
 
@@ -145,6 +144,7 @@ class Run:
                 folder.attempt(f"tensorboard/{trainer.name}", events.write)
             self.online.add(metrics)
             save()
+            folder.retry()
 
         def on_step() -> None:
             stopping = self.team.any(stop.is_set())
