@@ -237,7 +237,7 @@ def make_topology(
     if not isinstance(grow_steps, int) or isinstance(grow_steps, bool) or not 1 <= grow_steps <= schedule.every:
         raise ValueError(f"grow_steps must be whole, from 1 to update_every={schedule.every}, got {grow_steps!r}")
     if semantics == "corrected":
-        drop = CosineDrop(drop_fraction, max(schedule.last_update, schedule.until or 1))
+        drop = CosineDrop(drop_fraction, schedule.last_update if schedule.until is None else max(1, schedule.until))
         return Corrected(weights, layout, schedule, drop, distribution)
     wanted = {
         "distribution": (distribution, "global_magnitude"),

@@ -881,6 +881,32 @@ def test_optimizer_must_hold_the_weights() -> None:
         RankPruner(model, optimizer, sparsity=0.9, total_steps=100, update_every=10)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_every": 5, "prune_until": 1.0, "update_until": 0.5},
+        {"schedule": ExponentialSparsity(sparsity=0.9, every=5, end=40, until=20)},
+    ],
+    ids=["named", "object"],
+)
+def test_nothing_grows_after_update_until_though_pruning_goes_on(options: dict[str, Any], device: torch.device) -> None:
+    model = make_net(device)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    pruner = RankPruner(model, optimizer, sparsity=0.9, total_steps=40, **options)
+    grown: dict[int, int] = {}
+
+    def after(step: int, stepped: bool) -> None:
+        if not stepped:
+            counts = pruner.stats()
+            grown[step + 1] = int((counts.grown + counts.restarted).sum())
+
+    train(model, optimizer, pruner, range(40), after)
+    assert sorted(grown) == list(range(5, 41, 5))
+    assert [step for step, count in grown.items() if count] == [5, 10, 15]
+    total = sum(pruner.masks.layout.numels)
+    assert int(pruner.masks.count().sum()) == total - round_half_up(0.9, total)
+
+
 def test_a_masked_optimizer_takes_one_pruner() -> None:
     """The masks of a second one would take the place of the first one's, whose weights would come back."""
     model = make_net(torch.device("cpu"))
