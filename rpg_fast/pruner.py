@@ -71,8 +71,8 @@ class RankPruner:
         schedule: "exponential" (RPG), "polynomial", "constant" (that sparsity from the start), or a schedule object,
             which then defines the update steps and takes the place of `update_every`, `prune_until` and `update_until`.
         update_every: steps between topology updates.
-        prune_until, update_until: fractions of `total_steps`: until when the sparsity grows, until when weights are
-            dropped and grown.
+        prune_until, update_until: fractions of `total_steps`: until when the sparsity grows (if it does), until when
+            weights are dropped and grown.
         drop_fraction: fraction of the active weights dropped at the first update, decaying to 0 at `update_until` by
             a cosine.
         rank_weight: factor of the rank loss, a float or a 0-d tensor; 0 turns it off.

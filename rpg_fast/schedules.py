@@ -190,10 +190,11 @@ def make_schedule(
         raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a schedule object, got {schedule!r}")
     if not 0 < prune_until <= 1 or not 0 < update_until <= 1:
         raise ValueError(f"prune_until and update_until must lie in (0, 1], got {prune_until} and {update_until}")
-    end = int(prune_until * total_steps)
+    option, share = ("update_until", update_until) if schedule == "constant" else ("prune_until", prune_until)
+    end = int(share * total_steps)
     if end < update_every:
         raise ValueError(
-            f"total_steps={total_steps} is too short: pruning ends at step {end} (prune_until={prune_until}), "
+            f"total_steps={total_steps} is too short: pruning ends at step {end} ({option}={share}), "
             f"before the first update at step {update_every}: pass a smaller update_every"
         )
     return SCHEDULES[schedule](sparsity=sparsity, every=update_every, end=end, until=int(update_until * total_steps))

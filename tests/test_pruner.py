@@ -907,6 +907,19 @@ def test_nothing_grows_after_update_until_though_pruning_goes_on(options: dict[s
     assert int(pruner.masks.count().sum()) == total - round_half_up(0.9, total)
 
 
+def test_constant_sparsity_is_updated_until_update_until(device: torch.device) -> None:
+    """No step is lost to updates that would change nothing."""
+    model = make_net(device)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    options: dict[str, Any] = {"sparsity": 0.9, "total_steps": 40, "update_every": 5, "schedule": "constant"}
+    pruner = RankPruner(model, optimizer, update_until=0.5, **options)
+    updates: list[int] = []
+    train(model, optimizer, pruner, range(40), lambda step, stepped: None if stepped else updates.append(step + 1))
+    assert updates == [5, 10, 15, 20]
+    with pytest.raises(ValueError, match=r"pruning ends at step 4 \(update_until=0.1\)"):
+        RankPruner(model, optimizer, update_until=0.1, **options)
+
+
 def test_a_masked_optimizer_takes_one_pruner() -> None:
     """The masks of a second one would take the place of the first one's, whose weights would come back."""
     model = make_net(torch.device("cpu"))
