@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rpg_fast import grouping, reference
-from rpg_fast.masks import PackedMasks
+from rpg_fast.masks import NamedWeights, PackedMasks
+
+MIXING_OPTIMIZERS = ("LBFGS", "Muon")
 
 
 class _MaskedOptimizer(torch.optim.Optimizer):
@@ -276,4 +278,27 @@ class MaskedAdamW(_MaskedOptimizer):
             group["maximize"],
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, weights: NamedWeights) -> None:
+    """Raises TypeError or ValueError for an optimizer that a pruner of `weights` cannot work beside."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if any(kind.__name__ in MIXING_OPTIMIZERS for kind in type(optimizer).__mro__):
+        name = type(optimizer).__name__
+        raise TypeError(
+            f"{name} mixes the elements of a weight, so pruned ones would come back: take another optimizer"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, w in weights.items() if id(w) not in held]
+    if missing:
+        raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
+    masks = optimizer.masks if isinstance(optimizer, (MaskedSGD, MaskedAdamW)) else None
+    mine = {id(w) for w in weights.values()}
+    others = [name for name, w in masks.weights.items() if id(w) in held - mine] if masks is not None else []
+    if others:
+        raise ValueError(
+            f"the optimizer already masks {others[:5]} ({len(others)} in all), which this pruner does not prune: a "
+            "masked optimizer takes one pruner, of all its pruned weights (or set_masks(None) before)"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rpg_fast import grouping
 from rpg_fast.criteria import Criterion, Momentum, check_scores, make_criterion
 from rpg_fast.masks import PackedMasks, mask_gradients_
-from rpg_fast.optim import MaskedAdamW, MaskedSGD
+from rpg_fast.optim import MaskedAdamW, MaskedSGD, check_optimizer
 from rpg_fast.rank_loss import (
     LEFT_OUT,
     RankState,
@@ -25,8 +25,6 @@ from rpg_fast.rank_loss import (
 from rpg_fast.schedules import ConstantSparsity, Schedule, make_schedule
 from rpg_fast.stats import PruneStats
 from rpg_fast.topology import GradientMean, make_topology
-
-MIXING_OPTIMIZERS = ("LBFGS", "Muon")
 
 
 class RankPruner:
@@ -142,7 +140,7 @@ class RankPruner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
         self.weights = grouping.named_weights(grouping.prunable_weights(model) if weights is None else weights)
-        self._check_optimizer()
+        check_optimizer(optimizer, self.weights)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         self.sparsity, self.total_steps = sparsity, total_steps
@@ -193,27 +191,6 @@ class RankPruner:
         if not any(w.requires_grad for w in layers):
             raise ValueError("rank_weight is set, but none of the rank_layers requires a gradient")
         check_options(layers, self.tail_energy, self.rank_method, "fp32", None, 1, self.min_sparsity)
-
-    def _check_optimizer(self) -> None:
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(self.optimizer).__name__}")
-        if any(kind.__name__ in MIXING_OPTIMIZERS for kind in type(self.optimizer).__mro__):
-            name = type(self.optimizer).__name__
-            raise TypeError(
-                f"{name} mixes the elements of a weight, so pruned ones would come back: take another optimizer"
-            )
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        missing = [name for name, w in self.weights.items() if id(w) not in held]
-        if missing:
-            raise ValueError(f"the optimizer does not hold the pruned weights {missing[:5]} ({len(missing)} in all)")
-        masks = self.optimizer.masks if isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)) else None
-        mine = {id(w) for w in self.weights.values()}
-        others = [name for name, w in masks.weights.items() if id(w) in held - mine] if masks is not None else []
-        if others:
-            raise ValueError(
-                f"the optimizer already masks {others[:5]} ({len(others)} in all), which this pruner does not prune: a "
-                "masked optimizer takes one pruner, of all its pruned weights (or set_masks(None) before)"
-            )
 
     def _uses_rank_loss(self) -> bool:
         return isinstance(self.rank_weight, Tensor) or self.rank_weight != 0

@@ -37,7 +37,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def update_interval(total_steps: int, config: TrainConfig) -> int:
     """Steps between updates of the masks: by default 100 as published; in a run too short for 50 such updates fewer,
     but not below 5, since a step with an update trains nothing."""
-    usual = min(100, max(5, total_steps // 50), max(1, int(config.prune_until * total_steps)))
+    until = config.update_until if config.schedule == "constant" else config.prune_until
+    usual = min(100, max(5, total_steps // 50), max(1, int(until * total_steps)))
     return config.update_every or usual
 
 
