@@ -283,8 +283,8 @@ struct SmallSpectrum {
 template <int kMax>
 struct SmallEigh {
   using Work = Eigen<kMax>;
-  static constexpr int kThreads = kMax <= 32 ? 128 : 512;
-  double *values, *vectors;  // [B, w], [B, w, w]
+  static constexpr int kThreads = kMax <= 32 ? 160 : 288;  // all 2 x 2 blocks of a round in one pass, or two
+  double *values, *vectors;                                // [B, w], [B, w, w]
   const double* matrices;
   int64_t batch;
   int w;
@@ -308,15 +308,15 @@ struct SmallEigh {
   template <class Block>
   RPG_FAST_HOST_DEVICE void run(const Block& block, int64_t b, Work& eigen) const {
     const int size = w * w;
+    const double* matrix = matrices + b * size;
     for (int item = block.lane(); item < size; item += block.count()) {
       const int i = item / w, j = item % w;
-      if (j <= i) eigen.at(i, j) = matrices[b * size + item];
+      if (j <= i) eigen.at(i, j) = matrix[item];
     }
     solve(block, w, eigen);
+    double* rows = vectors + b * size;
+    for (int item = block.lane(); item < size; item += block.count()) rows[item] = eigen.vector(item / w)[item % w];
     for (int i = block.lane(); i < w; i += block.count()) values[b * w + i] = eigen.values[i];
-    for (int item = block.lane(); item < size; item += block.count()) {
-      vectors[b * size + item] = eigen.vector(item / w)[item % w];
-    }
   }
 };
 
