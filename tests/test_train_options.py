@@ -212,8 +212,13 @@ def test_the_average_is_exponential_and_as_sparse_as_the_model() -> None:
     assert (average.model[0].weight[~mask] == 0).all()
 
 
-def test_the_average_follows_every_step() -> None:
-    trainer = small_trainer(TrainConfig(epochs=1, batch_size=128, ema_decay=0.8, update_every=2, sparsity=0.5))
+OFFICIAL_PRUNING: dict[str, Any] = {"semantics": "official", "rank_every": "update", "drop_fraction": 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, OFFICIAL_PRUNING], ids=["updates rest", "updates train"])
+def test_the_average_follows_every_step(options: dict[str, Any]) -> None:
+    config = TrainConfig(epochs=1, batch_size=128, ema_decay=0.8, update_every=2, sparsity=0.5, **options)
+    trainer = small_trainer(config)
     expected = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for images, labels in trainer.train_batches.iterate(0):
         trainer.train_step(images, labels)

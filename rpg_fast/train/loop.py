@@ -241,13 +241,14 @@ class Trainer:
             hits += (logits.detach().argmax(1) == y).sum()
 
         self.scaler.unscale_(self.optimizer)
-        # The pruner adds the rank gradient when it is due. On a step that moves the masks the optimizer has to rest.
+        updates = self.pruner is not None and self.pruner.updates_next
+        # The pruner adds the rank gradient when it is due. On most steps that move the masks the optimizer has to rest.
         if self.pruner is None or self.pruner.step():
             self._clip_gradients()
             self.scaler.step(self.optimizer)
-        elif self.average is not None:
-            self.average.mask(self.pruner.masks.unpack())
         if self.average is not None:
+            if self.pruner is not None and updates:
+                self.average.mask(self.pruner.masks.unpack())
             self.average.update()
         self.scaler.update()
         self.optimizer.zero_grad()
