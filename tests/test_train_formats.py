@@ -577,10 +577,10 @@ def test_evaluation_on_other_data_and_another_machine(tmp_path: Path, capsys: py
     assert "/gone" in capsys.readouterr().err
     for change, text in (
         ({"colour": 1}, "the configuration has unknown entries: colour"),
-        ({"epochs": "many"}, "the configuration has a value of a wrong type"),
+        ({"epochs": "many"}, "--epochs must be a whole number, got 'many'"),
         ({"tail_energy": 3.0}, "--tail-energy must be between 0 and 1, got 3.0"),
         ({3: 4}, "the configuration has unknown entries: 3"),
-        ({"tail_energy": torch.ones(3)}, "the configuration has a value of a wrong type"),
+        ({"tail_energy": torch.ones(3)}, "--tail-energy must be a number, got Tensor"),
     ):
         damaged = saved(tmp_path / "damaged.pt", {**content, "config": {**content["config"], **change}})
         assert main(["evaluate", str(damaged), "--data=none"]) == 2

@@ -244,6 +244,13 @@ def test_config_survives_its_dictionary() -> None:
         ({"epochs": 3, "warmup_epochs": 3.0}, "--warmup-epochs must be at least 0 and below --epochs 3, got 3.0"),
         ({"batch_size": 4, "accumulate": 8}, "--accumulate 8 splits a batch"),
         ({"rank_every": 0}, '--rank-every must be "update" or at least 1, got 0'),
+        ({"epochs": 1.5}, "--epochs must be a whole number, got 1.5"),
+        ({"seed": True}, "--seed must be a whole number, got True"),
+        ({"keep_dense": 5}, "--keep-dense must be text or none, got 5"),
+        ({"update_every": 2.5}, "--update-every must be a whole number or none, got 2.5"),
+        ({"lr": "0.1"}, "--lr must be a number or none, got '0.1'"),
+        ({"channels_last": "false"}, "--channels-last must be true or false, got 'false'"),
+        ({"rank_every": 2.0}, "--rank-every must be a whole number or text, got 2.0"),
         ({"start": "dense", "dense_baseline": False}, "--start dense begins with the dense baseline's weights"),
     ],
 )

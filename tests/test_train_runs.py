@@ -255,6 +255,8 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (("--momentum=0", "--nesterov"), "esterov"),
         (("--resume=x",), "--resume keeps the run's own options: leave out --epochs"),
         (("--epoch=1",), "unrecognized arguments: --epoch=1"),
+        (("--seed=-1", "--mixup=0.2"), "--seed must be at least 0 and below 2^63, got -1"),
+        ((f"--seed={2**63}",), "--seed must be at least 0 and below 2^63"),
     ],
 )
 def test_train_refuses_in_one_line_and_writes_nothing(
@@ -317,7 +319,7 @@ def test_evaluate_refuses_in_one_line(
         ({"model": {**damaged["model"], "width": 8}}, "weights do not fit its model"),
         ({"model": {**damaged["model"], "arch": "vgg"}}, "unknown architecture 'vgg'"),
         ({"config": {**damaged["config"], "arch": "vgg"}}, "--arch 'vgg' is unknown"),
-        ({"config": {**damaged["config"], "epochs": "many"}}, "a value of a wrong type"),
+        ({"config": {**damaged["config"], "epochs": "many"}}, "--epochs must be a whole number, got 'many'"),
         ({"state_dict": None}, "is incomplete: no state_dict"),
     ):
         torch.save({**damaged, **change}, tmp_path / "damaged.pt")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .data import DATASETS, FOLDER
 from .models import ARCHITECTURES, is_library
@@ -18,6 +19,15 @@ OFFICIAL = {
     "schedule": "exponential",
     "rank_every": "update",
 }  # what the published rules are defined for
+
+
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "none",
+}
 
 
 class UserError(Exception):
@@ -105,9 +115,17 @@ class TrainConfig:
     recipe: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choices()
         self._check_numbers()
         self._check_together()
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, wanted = getattr(self, name), _kinds(hint)
+            taken = {*wanted, int} if float in wanted else wanted
+            got = repr(value) if type(value) in KINDS else type(value).__name__
+            _require(type(value) in taken, name, " or ".join(KINDS[kind] for kind in wanted), got)
 
     def _check_choices(self) -> None:
         if not self.reads_files:
@@ -133,6 +151,7 @@ class TrainConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             _require(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number", value)
+        _require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
         for option in ("momentum", "weight_decay", "rank_weight", "mixup"):
             _require(getattr(self, option) >= 0, option, "at least 0", getattr(self, option))
         _require(
@@ -215,10 +234,16 @@ class TrainConfig:
         unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
         if unknown:
             raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
-        try:
-            return cls(**values)
-        except (TypeError, RuntimeError) as error:
-            raise UserError(f"the configuration has a value of a wrong type: {error}") from error
+        return cls(**values)
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The types that a value of an option may have."""
+    if get_origin(hint) in (Union, UnionType):
+        return list(dict.fromkeys(kind for part in get_args(hint) for kind in _kinds(part)))
+    if get_origin(hint) is Literal:
+        return [str]
+    return [hint]
 
 
 def _as_options(values: Mapping[str, Any]) -> str:
