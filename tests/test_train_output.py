@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from rpg_fast.train import events
 from rpg_fast.train.checkpoint import RunFolder, load_checkpoint, write_file
 from rpg_fast.train.cli import main
+from rpg_fast.train.config import TrainConfig
+from rpg_fast.train.layers import network_statistics
 from rpg_fast.train.loop import EpochMetrics, Trainer
+from rpg_fast.train.report import draw_report
 from rpg_fast.train.result import bad_image_lines, throughput_of
 
 TINY = (
@@ -39,6 +44,22 @@ def program(*words: object, unbuffered: str = "", **options: Any) -> subprocess.
     command = [sys.executable, "-m", "rpg_fast", *map(str, words)]
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=env, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- picture
+
+
+@pytest.mark.parametrize(
+    ("data", "left"), [("digits", 0.0), ("folder:/$\\frac$/x", 0.5), ("folder:/\udcff", 1.0)], ids=ascii
+)
+def test_every_run_can_be_drawn(data: str, left: float, tmp_path: Path) -> None:
+    """All weights pruned, too, and folders with names that are formulas or no text."""
+    model = nn.Conv2d(3, 4, 3)
+    before = network_statistics(model, 0.1)
+    with torch.no_grad():
+        model.weight.mul_(torch.rand_like(model.weight) < left)
+    draw_report(tmp_path / "x.png", TrainConfig(data=data), [], [ROW], before, network_statistics(model, 0.1))
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------------------- what no longer listens

@@ -42,11 +42,10 @@ def draw_report(
     figure = Figure(figsize=(13, 13.5), layout="constrained")
     grid = figure.add_gridspec(3, 1, height_ratios=(1, 1.3, 0.95))
     rows = [figure.add_subfigure(grid[row]) for row in range(3)]
-    figure.suptitle(
-        f"{config.arch} on {config.data}: {after.sparsity:.2%} sparse, rank weight {config.rank_weight:g}",
-        fontsize=15,
-        fontweight="bold",
-    )
+    title = f"{config.arch} on {config.data}: {after.sparsity:.2%} sparse, rank weight {config.rank_weight:g}"
+    # names of folders are bytes, and may hold a dollar sign that is no formula
+    shown = title.encode("utf-8", "backslashreplace").decode()
+    figure.suptitle(shown, fontsize=15, fontweight="bold", parse_math=False)
     curves, ranks = rows[0].subplots(1, 2, gridspec_kw={"wspace": 0.08})
     _draw_accuracy(curves, dense, sparse)
     _draw_ranks(ranks, sparse, before)
@@ -120,7 +119,7 @@ def _draw_layers(
     top.yaxis.set_major_locator(LogLocator(10, numticks=8))
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 - 100 / value:.10g}%"))
     top.yaxis.set_minor_formatter(NullFormatter())
-    top.axhline(1 / (1 - after.sparsity), color=VERMILION, linewidth=1.2, linestyle="--", label="all layers")
+    top.axhline(1 / max(1 - after.sparsity, floor), color=VERMILION, linewidth=1.2, linestyle="--", label="all layers")
     _legend_above(top)
 
     for statistics, colour, label, offset in ((before, BLUE, labels[0], -0.2), (after, VERMILION, labels[1], 0.2)):
