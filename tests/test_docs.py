@@ -170,7 +170,7 @@ def test_the_published_line_is_the_recipe() -> None:
     same = {name: given[name] for name in ("data", "pretrained")}
     published, recipe = (from_recipe(choice).to_dict() for choice in (given, {"recipe": "rpg-98", **same}))
     for values in (published, recipe):
-        del values["recipe"], values["start"]  # that of a file of weights, said or not
+        del values["recipe"], values["start_from"]  # that of a file of weights, said or not
     assert published == recipe
 
 

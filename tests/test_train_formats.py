@@ -697,7 +697,7 @@ def test_networks_of_other_packages_are_trained_evaluated_and_exported(
         x = torch.randn(3, 3, 8, 8)
         assert torch.equal(again.model(x), weights.model(x))
         assert again.arguments["num_classes"] == 10
-    given = (f"--pretrained={tmp_path / 'dense'}", "--start=pretrained")
+    given = (f"--pretrained={tmp_path / 'dense'}", "--start-from=pretrained")
     assert main(["train", *LIBRARY_RUN, f"--arch={arch}", *given, f"--out={tmp_path / 'again'}"]) == 0
 
 

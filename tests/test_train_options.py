@@ -3,6 +3,7 @@ elsewhere; recipes, published names and published decisions."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.run import get_args_parser
 
 import rpg_fast
 from rpg_fast.train.checkpoint import load_checkpoint
@@ -249,17 +251,20 @@ def test_the_average_is_what_is_tested_and_kept(tmp_path: Path, capsys: pytest.C
 def test_training_begins_with_given_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model("resnet20", num_classes=10, in_channels=1, width=4)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    given = ("--start=pretrained", f"--pretrained={tmp_path / 'weights.pt'}")
+    given = ("--start-from=pretrained", f"--pretrained={tmp_path / 'weights.pt'}")
     options = ("--epochs=1", "--lr=1e-12", "--sparsity=0", "--weight-decay=0", "--rank-weight=0")
     assert main(["train", *TINY, *options, *given, f"--out={tmp_path / 'run'}"]) == 0
     after = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["state_dict"]
     torch.testing.assert_close(after["fc.weight"], model.fc.weight.detach())
     capsys.readouterr()
     for options, text in (
-        (("--start=pretrained",), "--start pretrained begins with trained weights: name their file with --pretrained"),
+        (
+            ("--start-from=pretrained",),
+            "--start-from pretrained begins with trained weights: name their file with --pretrained",
+        ),
         ((*given, "--width=8"), "does not fit --arch resnet20 here: size mismatch for conv1.weight"),
-        (("--start=pretrained", "--pretrained=none"), "there is no checkpoint at none"),
-        ((*given[1:], "--start=random"), "but --start random does not take them"),
+        (("--start-from=pretrained", "--pretrained=none"), "there is no checkpoint at none"),
+        ((*given[1:], "--start-from=random"), "but --start-from random does not take them"),
     ):
         assert main(["train", *TINY, *options, f"--out={tmp_path / 'other'}"]) == 2
         assert text in capsys.readouterr().err
@@ -421,7 +426,7 @@ def test_recipes_are_the_published_ones(
 ) -> None:
     found = shown(capsys, f"--recipe={recipe}")
     expected = {
-        **{"sparsity": sparsity, "rank-weight": rank_weight, "tail-energy": tail_energy, "start": start},
+        **{"sparsity": sparsity, "rank-weight": rank_weight, "tail-energy": tail_energy, "start-from": start},
         **{"arch": "resnet50", "epochs": "100", "batch-size": "1024", "lr": "0.4", "warmup-epochs": "5.0"},
         **{"momentum": "0.9", "weight-decay": "0.0001", "label-smoothing": "0.1", "update-every": "100"},
         **{"prune-until": "0.9", "update-until": "0.901", "drop-fraction": "0.3", "rank-every": "update"},
@@ -595,6 +600,15 @@ def test_every_published_option_has_an_answer() -> None:
     assert set(PUBLISHED_OPTIONS) <= known
     assert set(FLAGS) <= set(INSTEAD)
     assert {name for names in ALIASES.values() for name in names} <= known
+
+
+def test_torchrun_leaves_every_option_to_the_command() -> None:
+    """Before Python 3.12 it refuses those that begin like two of its own, as --start would --start-method."""
+    command = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices["train"]
+    words = ["train", *(option for action in command._actions for option in action.option_strings)]
+    assert get_args_parser().parse_args(["--nproc-per-node=2", "-m", "rpg_fast", *words]).training_script_args == words
+    torchruns = {word for action in get_args_parser()._actions for word in action.option_strings}
+    assert [word for word in words[1:] for its in torchruns if its.startswith(word) and its != word] == []
 
 
 def test_options_that_read_flags_take_no_value(capsys: pytest.CaptureFixture[str]) -> None:

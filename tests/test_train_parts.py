@@ -251,7 +251,10 @@ def test_config_survives_its_dictionary() -> None:
         ({"lr": "0.1"}, "--lr must be a number or none, got '0.1'"),
         ({"channels_last": "false"}, "--channels-last must be true or false, got 'false'"),
         ({"rank_every": 2.0}, "--rank-every must be a whole number or text, got 2.0"),
-        ({"start": "dense", "dense_baseline": False}, "--start dense begins with the dense baseline's weights"),
+        (
+            {"start_from": "dense", "dense_baseline": False},
+            "--start-from dense begins with the dense baseline's weights",
+        ),
     ],
 )
 def test_config_refuses(options: dict[str, object], text: str) -> None:

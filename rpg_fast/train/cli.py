@@ -263,7 +263,7 @@ def _sparsity_options(parser: argparse.ArgumentParser) -> None:
     group.add("--drop-fraction", "of each layer's weights exchanged in the first update", type=float)
     group.flag("--dense-baseline", "train the same network dense first")
     group.add(
-        "--start",
+        "--start-from",
         "weights that the sparse training begins with (--pretrained, or the dense baseline's, if it is trained)",
         choices=("random", "dense", "pretrained"),
     )

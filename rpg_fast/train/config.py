@@ -89,7 +89,7 @@ class TrainConfig:
     update_until: float = 0.901
     drop_fraction: float = 0.3
     dense_baseline: bool = True
-    start: Literal["random", "dense", "pretrained"] | None = None
+    start_from: Literal["random", "dense", "pretrained"] | None = None
     pretrained: str | None = None
     # rank loss
     rank_weight: float = 0.1
@@ -137,7 +137,7 @@ class TrainConfig:
         _one_of("--optimizer", self.optimizer, DEFAULT_LR)
         _one_of("--optimizer-impl", self.optimizer_impl, ("masked", "torch"))
         _one_of("--autocast", self.autocast, (None, "bf16", "fp16"))
-        _one_of("--start", self.start, (None, "random", "dense", "pretrained"))
+        _one_of("--start-from", self.start_from, (None, "random", "dense", "pretrained"))
         _one_of("--semantics", self.semantics, ("corrected", "official"))
         _require(self.wandb != "", "wandb", "the name of a project", "an empty one")
 
@@ -190,10 +190,14 @@ class TrainConfig:
         other = {name: getattr(self, name) for name, only in OFFICIAL.items() if getattr(self, name) != only}
         if self.semantics == "official" and other:
             raise UserError(f"--semantics official is defined for {_as_options(OFFICIAL)}, got {_as_options(other)}")
-        if self.start == "dense" and not self.dense_baseline:
-            raise UserError("--start dense begins with the dense baseline's weights: leave out --no-dense-baseline")
-        if self.pretrained is not None and self.start not in (None, "pretrained"):
-            raise UserError(f"--pretrained names weights to begin with, but --start {self.start} does not take them")
+        if self.start_from == "dense" and not self.dense_baseline:
+            raise UserError(
+                "--start-from dense begins with the dense baseline's weights: leave out --no-dense-baseline"
+            )
+        if self.pretrained is not None and self.start_from not in (None, "pretrained"):
+            raise UserError(
+                f"--pretrained names weights to begin with, but --start-from {self.start_from} does not take them"
+            )
 
     @property
     def reads_files(self) -> bool:
@@ -208,7 +212,7 @@ class TrainConfig:
     @property
     def starts_dense(self) -> bool:
         """Whether the sparse training begins with the dense baseline's weights, as published."""
-        return self.dense_baseline and self.pretrained is None and self.start in (None, "dense")
+        return self.dense_baseline and self.pretrained is None and self.start_from in (None, "dense")
 
     @property
     def warmup(self) -> float:

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
-    name: {**COMMON, "start": start, "sparsity": sparsity, "rank_weight": rank_weight, "tail_energy": tail_energy}
+    name: {**COMMON, "start_from": start, "sparsity": sparsity, "rank_weight": rank_weight, "tail_energy": tail_energy}
     for name, start, sparsity, rank_weight, tail_energy in (
         ("rpg-80", "pretrained", 0.80, 0.5, 0.2),
         ("rpg-90", "pretrained", 0.90, 0.5, 0.1),

@@ -43,9 +43,11 @@ class Run:
 
     def __init__(self, config: TrainConfig, team: Team = ALONE):
         self.config, self.team = config, team
-        if config.start == "pretrained" and config.pretrained is None:
-            by = f"--recipe {config.recipe}" if config.recipe else "--start pretrained"
-            raise UserError(f"{by} begins with trained weights: name their file with --pretrained, or --start random")
+        if config.start_from == "pretrained" and config.pretrained is None:
+            by = f"--recipe {config.recipe}" if config.recipe else "--start-from pretrained"
+            raise UserError(
+                f"{by} begins with trained weights: name their file with --pretrained, or --start-from random"
+            )
         if config.tensorboard:
             require_tensorboard()
         if config.wandb is not None:
