@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import TextIO
 
 
@@ -18,6 +19,7 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 def with_output(program: Callable[[], int]) -> int:
     """Runs `program` and returns its exit status; 1 after a line on standard error where standard output cannot be
     written. A reader that wants no more of it, as `head`, is no error."""
+    _prepare_output()
     try:
         status = program()
     except SystemExit as leaving:  # of argparse
@@ -27,6 +29,16 @@ def with_output(program: Callable[[], int]) -> int:
             raise
         return _closed(error)
     return _flushed(status)
+
+
+def _prepare_output() -> None:
+    """Takes the place of streams that were closed before the program began, which no file shall take, and lets standard
+    output show any name of a file, as standard error does."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _output_refuses() -> bool:

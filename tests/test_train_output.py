@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import os
 import resource
 import signal
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from rpg_fast._output import tell, with_output
 from rpg_fast.train import events
 from rpg_fast.train.checkpoint import RunFolder, load_checkpoint, write_file
 from rpg_fast.train.cli import main
@@ -82,6 +84,19 @@ def test_an_output_on_a_full_disk_is_told_in_one_line(unbuffered: str) -> None:
     told = running.communicate(timeout=60)[1]
     assert told == "rpg-fast: error: cannot write the output: No space left on device\n"
     assert running.returncode == 1
+
+
+def test_an_output_that_was_closed_before_the_program_began_is_no_error() -> None:
+    closed = ["sh", "-c", '"$@" >&- <&-', "sh", sys.executable, "-m", "rpg_fast"]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_an_output_shows_names_that_it_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    assert with_output(lambda: tell("n\xfc\udcff") or 0) == 0
+    assert output.getvalue() == b"n\\xfc\\udcff\n"
 
 
 def test_an_error_of_another_file_is_not_taken_for_the_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ class RunFolder:
         """
         path = self.path / "config.json"
         try:
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text(encoding="utf-8"))
             config, data = facts.pop("config"), facts["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} holds no run that can be resumed: {path} is missing or damaged") from error
