@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpg_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from rpg_fast.train.config import TrainConfig, UserError
@@ -14,6 +16,7 @@ from rpg_fast.train.data import Batches, load_digits, make_synthetic, shift_imag
 from rpg_fast.train.layers import layer_table, network_statistics, singular_values
 from rpg_fast.train.loop import learning_rate, make_optimizer
 from rpg_fast.train.models import ARCHITECTURES, build_model
+from rpg_fast.train.run import choose_device
 
 
 def parameters(model: nn.Module) -> int:
@@ -155,6 +158,40 @@ def test_batches_in_channels_last() -> None:
     data = make_synthetic(train_images=16)
     images, _ = next(iter(Batches(data, data.train, 8, memory_format=torch.channels_last)))
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Copies(TorchDispatchMode):
+    """What is copied from the CPU to another device: whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].device.type != str(kwargs.get("device", "cpu")):
+            self.waits.append(not kwargs.get("non_blocking", False))
+        return function(*args, **kwargs)
+
+
+def test_batches_of_sets_in_memory_do_not_wait_for_the_device() -> None:
+    dataset = load_digits().to(torch.device("meta"))
+    batches = iter(Batches(dataset, dataset.train, 128, generator=torch.Generator()))
+    next(batches)
+    with _Copies() as copies:
+        assert len(list(batches)) == 9
+    assert copies.waits == [False] * 9
+
+
+def test_a_gpu_is_the_current_one_as_soon_as_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert choose_device(TrainConfig(device="cuda:1")) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    assert choose_device(TrainConfig(device="cuda")) == torch.device("cuda")
+    assert choose_device(TrainConfig(device="cpu")) == torch.device("cpu")
+    assert len(current) == 1
 
 
 def test_batches_refuse_a_batch_larger_than_the_training_set() -> None:

@@ -102,12 +102,19 @@ class _MemoryReader(Reader):
             shifts = torch.randint(-reach, reach + 1, (len(split), 2), generator=generator).to(split.device)
         order = order.to(split.device)
         for part in parts:
-            places = part.to(split.device)  # [b]
+            places = self._at_once(part)  # [b]
             index = order[places]
             images = split.images[index]
             if shifts is not None:
                 images = shift_images(images, shifts[places])
             yield self._render(images), split.labels[index]
+
+    def _at_once(self, places: Tensor) -> Tensor:
+        """Places [b] on the device, for which the host does not wait: a copy from memory that is not pinned waits for
+        all that the device has been given."""
+        if self.split.device.type == "cuda":
+            places = places.pin_memory()
+        return places.to(self.split.device, non_blocking=True)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -344,7 +344,8 @@ def load_data(config: TrainConfig, local_world: int = 1) -> Dataset:
 
 
 def choose_device(config: TrainConfig, team: Team = ALONE) -> torch.device:
-    """The device to train on ("auto": CUDA where there is one); of several processes each its own GPU.
+    """The device to train on ("auto": CUDA where there is one); of several processes each its own GPU. It becomes the
+    current one, so that nothing is made on another.
 
     Raises:
         UserError: there is no such device.
@@ -367,16 +368,18 @@ def choose_device(config: TrainConfig, team: Team = ALONE) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {device} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
 def set_determinism(config: TrainConfig) -> None:
     """With --deterministic, operations that give the same bits each time; torch raises where it has none. On the CPU
-    all those used here do anyway."""
+    all those used here do anyway. Without, cuDNN tries which convolutions are fastest for each shape."""
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not config.deterministic
 
 
 def choose_threads(config: TrainConfig, dataset: Dataset) -> None:
