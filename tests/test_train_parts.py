@@ -169,7 +169,7 @@ class _Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and args[0].device.type != str(kwargs.get("device", "cpu")):
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and kwargs.get("device"):
             self.waits.append(not kwargs.get("non_blocking", False))
         return function(*args, **kwargs)
 
