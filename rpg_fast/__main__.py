@@ -35,7 +35,7 @@ def _train(arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in TRAINING_EXTRA:
             raise
-        print(f"rpg-fast {arguments[0]} needs {package}: pip install 'rpg_fast[train]'", file=sys.stderr)
+        print(f"rpg-fast {arguments[0]} needs {package}: pip install -e '.[train]'", file=sys.stderr)
         return 1
 
 

@@ -21,7 +21,9 @@ def prunable_weights(
     exclude: Sequence[Selector] | Selector = (),
 ) -> dict[str, nn.Parameter]:
     """The weights of `model` that may be pruned, as an ordered ``{qualified name: Parameter}``; a shared weight
-    appears once, under its first name, and is excluded if any of its names is.
+    appears once, under its first name, and is excluded if any of its names is. What is not the `weight` of a layer is
+    not among them: add the queries, keys and values of nn.MultiheadAttention by name, ``weights |
+    {"attention.in_proj_weight": model.attention.in_proj_weight}``.
 
     Args:
         include: module types whose `weight` is taken.
@@ -75,14 +77,15 @@ def _matches(selector: Selector, weight_name: str, module_name: str, module: nn.
     return bool(selector(module_name, module))
 
 
-def named_weights(weights: object) -> dict[str, Tensor]:
-    """`weights` as a dictionary of its own. Raises TypeError if it is no mapping from names to tensors."""
+def named_weights(weights: object, argument: str = "weights") -> dict[str, Tensor]:
+    """`weights` as a dictionary of its own. Raises TypeError if it is no mapping from names to tensors, which names the
+    `argument`."""
     if not isinstance(weights, Mapping):
         hint = ": pass prunable_weights(model)" if isinstance(weights, nn.Module) else ""
-        raise TypeError(f"weights must be a mapping {{name: tensor}}, got {type(weights).__name__}{hint}")
+        raise TypeError(f"{argument} must be a mapping {{name: tensor}}, got {type(weights).__name__}{hint}")
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
-            raise TypeError(f"weights must be a mapping {{name: tensor}}, got {type(weight).__name__} for {name!r}")
+            raise TypeError(f"{argument} must be a mapping {{name: tensor}}, got {type(weight).__name__} for {name!r}")
     return dict(weights)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,8 +60,10 @@ class RankPruner:
             the pruned weights. `MaskedSGD` and `MaskedAdamW` are given the masks and do the masking in their step.
         sparsity: final fraction of zeros, in [0, 1).
         total_steps: calls of `step` in the whole training.
-        weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``.
-        distribution: "global_magnitude" (one threshold over all weights), "erk", "uniform", or final sparsities
+        weights: ``{name: Parameter}`` to prune, default ``prunable_weights(model)``: all `weight` of convolutions and
+            linear layers, but not the `in_proj_weight` of nn.MultiheadAttention.
+        distribution: "global_magnitude" (one threshold over all weights, as published for ResNet-50; a layer of small
+            weights may lose all of them, as some of a transformer do), "erk", "uniform", or final sparsities
             ``{name: float}`` that amount to `sparsity`.
         criterion: what grows: "rigl" (largest gradient), "set" (random), "momentum" (largest momentum of the dense
             gradients, see `criteria.Momentum`), "gmp" (nothing: gradual magnitude pruning), a callable (see
@@ -134,7 +137,8 @@ class RankPruner:
         process_group: dist.ProcessGroup | None = None,
         generator: torch.Generator | None = None,
     ):
-        if rank_every != "update" and not (isinstance(rank_every, int) and rank_every >= 1):
+        whole = isinstance(rank_every, int) and not isinstance(rank_every, bool)
+        if rank_every != "update" and not (whole and int(rank_every) >= 1):
             raise ValueError(f'rank_every must be "update" or a positive integer, got {rank_every!r}')
         self.optimizer = optimizer
         if not isinstance(model, nn.Module):
@@ -152,7 +156,7 @@ class RankPruner:
         self.rank_weight, self.tail_energy = rank_weight, tail_energy
         self.rank_every, self.rank_method, self.min_sparsity = rank_every, rank_method, min_sparsity
         convolutions = grouping.prunable_weights(model, include=grouping.CONVOLUTIONS)
-        self.rank_layers = convolutions if rank_layers is None else grouping.named_weights(rank_layers)
+        self.rank_layers = convolutions if rank_layers is None else grouping.named_weights(rank_layers, "rank_layers")
         self._check_rank_options()
         self.process_group, self.generator = process_group, generator
         self.step_count = 0
@@ -203,10 +207,11 @@ class RankPruner:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """To be called once per optimizer step, after the last backward: adds the rank gradient when due, then
-        either updates the topology (returns False: skip `optimizer.step()`) or masks `.grad` (returns True). The
-        masked optimizers mask in their own step, so `.grad` stays dense for them. Nothing here waits for the device but
-        the eigendecompositions of the rank loss.
+        """To be called once per optimizer step, after the last backward: adds the rank gradient when due, updates the
+        topology when due (returns False then: skip `optimizer.step()`), and masks `.grad`. The masked optimizers mask
+        in their own step, so `.grad` stays dense for them. With torch's optimizers it is these calls that keep pruned
+        weights at zero: go on with them for as long as you train. Nothing here waits for the device but the
+        eigendecompositions of the rank loss.
 
         Raises:
             TypeError, ValueError: a sparse gradient, or unusable scores of a callable criterion.
@@ -229,11 +234,9 @@ class RankPruner:
                 if self._topology.trains_on_updates:  # by the gradients of what was active up to now
                     mask_gradients_(self.weights.values(), self.masks)
                 self._update_topology(means, finite if means is grads else self._all_finite(means))
-                if not self._topology.trains_on_updates:
-                    return False
         if not isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)):
             mask_gradients_(self.weights.values(), self.masks)
-        return True
+        return not update or self._topology.trains_on_updates
 
     def _add_rank_gradient(self) -> None:
         self._rank_calls += 1
@@ -348,13 +351,17 @@ class RankPruner:
     def finalize(self) -> float:
         """Ends the pruning: if training stopped before the schedule did, or the last update found a gradient that was
         not finite, prunes to the final sparsity now (by magnitude, nothing grows); zeroes everything outside the
-        masks, and settles the rank loss. Returns the exact overall sparsity; reading it waits for the device."""
+        masks, and settles the rank loss. Returns the exact overall sparsity; reading it waits for the device. Warns of
+        weights of which nothing is left: their layers pass nothing on. Training may go on, with `step` as before."""
         bits = self._topology.finish(self._values(), self.masks.bits)
         self._adopt(bits, bits)
         self.settle()
-        active = int(self.masks.count().sum())
-        total = sum(self.masks.layout.numels)
-        return 1 - active / total if total else math.nan
+        counts, numels = self.masks.count().tolist(), self.masks.layout.numels  # sync: as documented
+        empty = [name for name, active, n in zip(self.masks.names, counts, numels, strict=True) if n and not active]
+        if empty:
+            remedy = 'distribution="erk" or "uniform" keeps a share of each'
+            warnings.warn(f"nothing is left of {empty[:5]} ({len(empty)} in all): {remedy}", stacklevel=3)
+        return 1 - sum(counts) / sum(numels) if sum(numels) else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Step, masks, what had been active before, and the states of rank loss, criterion and generator. The options

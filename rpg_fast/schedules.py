@@ -29,6 +29,8 @@ class _Schedule:
             _check_whole(name, getattr(self, name))
         if self.until is not None:
             _check_whole("until", self.until)
+        if not isinstance(self.sparsity, (int, float)):
+            raise TypeError(f"sparsity must be a number, got {self.sparsity!r}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), got {self.sparsity}")
         if self.every < 1:

@@ -114,7 +114,7 @@ def test_a_missing_extra_is_one_line_and_other_errors_are_not_hidden(
 
     cli.main = lambda argv: fail_to_import("matplotlib.pyplot")  # type: ignore[attr-defined]
     assert main(["train"]) == 1
-    assert capsys.readouterr().err == "rpg-fast train needs matplotlib: pip install 'rpg_fast[train]'\n"
+    assert capsys.readouterr().err == "rpg-fast train needs matplotlib: pip install -e '.[train]'\n"
     cli.main = lambda argv: fail_to_import("rpg_fast.train.loops")  # type: ignore[attr-defined]
     with pytest.raises(ModuleNotFoundError, match="loops"):
         main(["train"])

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -829,6 +830,9 @@ def test_two_processes_end_with_the_masks_of_the_first(tmp_path: Path) -> None:
             ValueError,
             "grow_steps < update_every=10, got 10",
         ),
+        ({"sparsity": "0.9"}, TypeError, "sparsity must be a number, got '0.9'"),
+        ({"rank_every": True}, ValueError, "rank_every must be .* got True"),
+        ({"rank_layers": nn.Conv2d}, TypeError, "rank_layers must be a mapping"),
         ({"grow_steps": 0}, ValueError, "grow_steps must be whole, from 1 to update_every=.*, got 0"),
         ({"grow_steps": 11, "update_every": 10}, ValueError, "grow_steps must be whole, from 1 to .*=10, got 11"),
         ({"drop_fraction": 1.5}, ValueError, "drop_fraction must lie in"),
@@ -947,3 +951,32 @@ def test_schedule_objects_define_the_updates(device: torch.device) -> None:
         make_net(device), optimizer, sparsity=0.9, total_steps=20, schedule=constant, weights={"a": model.a.weight}
     )
     assert int(pruner.masks.count()) == 216 - round_half_up(0.9, 216)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizer_that_steps_on_updates_too_revives_nothing(name: str, device: torch.device) -> None:
+    """A loop that ignores what `step` returns loses a step of training, not the sparsity."""
+    model = make_net(device)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    pruner = RankPruner(model, optimizer, sparsity=0.9, total_steps=40, update_every=4)
+    for step in range(60):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=seeded(1000 * step + i)).to(p)
+        pruner.step()
+        optimizer.step()
+        for weight, mask in zip(pruner.weights.values(), pruner.masks.unpack().values(), strict=True):
+            assert not weight[~mask].any()
+
+
+def test_finalize_warns_of_layers_of_which_nothing_is_left(device: torch.device) -> None:
+    model = make_net(device)
+    with torch.no_grad():
+        model.b.weight *= 1e-6
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    options: dict[str, Any] = {"sparsity": 0.8, "total_steps": 20, "update_every": 4, "schedule": "constant"}
+    pruner = RankPruner(model, optimizer, **options)
+    with pytest.warns(UserWarning, match=r"nothing is left of \['b.weight'\] \(1 in all\)"):
+        pruner.finalize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RankPruner(model, optimizer, distribution="erk", **options).finalize()

@@ -374,7 +374,7 @@ def test_without_safetensors_the_command_names_the_extra(
         ["export", str(network.path), "--format=safetensors", f"--output={tmp_path / 'out'}"],
     ):
         assert command(arguments) == 1
-        needed = f"rpg-fast {arguments[0]} needs safetensors: pip install 'rpg_fast[train]'\n"
+        needed = f"rpg-fast {arguments[0]} needs safetensors: pip install -e '.[train]'\n"
         assert capsys.readouterr().err == needed
     assert not (tmp_path / "out").exists()
 
