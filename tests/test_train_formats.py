@@ -441,7 +441,7 @@ def test_evaluate_prints(network: SavedNetwork, capsys: pytest.CaptureFixture[st
         "resnet20 on synthetic, checkpoint of rpg-fast train, k at tail energy 0.1",
         "layer3.2.conv2.weight",
         "effective rank",
-        "accuracy   ",
+        " with images of 16 pixels\n",
         "FLOPs      ",
         "multiply-adds for an image of 16 pixels",
         " parameters",

@@ -25,6 +25,7 @@ from rpg_fast.train import checkpoint as files
 from rpg_fast.train import run
 from rpg_fast.train.checkpoint import RunFolder, load_checkpoint, random_states, restore_random_states
 from rpg_fast.train.cli import main
+from rpg_fast.train.config import TrainConfig, UserError
 from rpg_fast.train.loop import Trainer
 
 TINY = (
@@ -394,3 +395,30 @@ def test_resume_keeps_to_the_architecture(stopped: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(["train", f"--resume={folder}"]) == 2
     assert "checkpoint.pt is not of this run: it is of arch resnet20, wanted resnet32" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_others_out_of_its_folder(tmp_path: Path) -> None:
+    """The lock goes with whoever holds it, so nothing remains of one."""
+    folder = RunFolder(tmp_path)
+    for _ in range(2):
+        other = RunFolder(tmp_path).held(patience=0.2)
+        with folder.held(), pytest.raises(UserError, match="is in use: another program trains into it"), other:
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_both_ways_into_a_folder_hold_it(begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def trained(self: run.Run, folder: RunFolder) -> None:
+        with pytest.raises(UserError, match="is in use"), RunFolder(folder.path).held(patience=0):
+            pass
+        held.append(folder.path)
+
+    monkeypatch.setattr(run.Run, "train", trained)
+    config = TrainConfig(data="synthetic", image_size=8, width=4, epochs=8, train_images=64, test_images=8)
+    run.train(config, tmp_path / "run")
+    if not begins:
+        run.resume(tmp_path / "run", {})
+    assert len(held) == (1 if begins else 2)

@@ -11,8 +11,10 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,29 @@ class RunFolder:
             self.attempt(file, write)
         return tuple(self._waiting)
 
+    @contextmanager
+    def held(self, patience: float = 15.0) -> Iterator[None]:
+        """Keeps other programs from training into the folder meanwhile. The system lets go of the lock with the
+        process, and with the workers of a killed run a few seconds later: `patience` in seconds.
+
+        Raises:
+            UserError: another program trains into it.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError:  # Windows opens no folders
+            yield
+            return
+        try:
+            until = time.monotonic() + patience
+            while not _lock(descriptor):
+                if time.monotonic() >= until:
+                    raise UserError(f"{self.path} is in use: another program trains into it")
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(descriptor)
+
     def remove_remains(self) -> None:
         """Deletes files that a process was writing when it was killed.
 
@@ -221,6 +246,19 @@ class RunFolder:
                     remains.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else holds this file; where a file system has no locks, nobody does."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness

@@ -27,7 +27,7 @@ OPTIONS = tuple(field.name for field in fields(TrainConfig))
 class Evaluation:
     """The figures of one file. `accuracy` is a fraction, None where no data was named; `statistics` has the zeros of
     the masks, which differ from those of the weights where a weight that is kept is 0. `images` are those that the
-    accuracy is of; `bad_images` {file: reason} could not be read."""
+    accuracy is of; `bad_images` {file: reason} could not be read; `size_is_told`: their size is no guess."""
 
     network: SavedNetwork
     data: str | None
@@ -37,6 +37,7 @@ class Evaluation:
     statistics: NetworkStatistics
     cost: NetworkCost
     bad_images: Mapping[str, str]
+    size_is_told: bool
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None for what is not finite."""
@@ -80,11 +81,16 @@ class Evaluation:
             ],
         }
 
+    def _of_images(self) -> str:
+        """The size of the images, and whether it is a guess."""
+        told = "" if self.size_is_told else ", which is a guess: the file does not tell (--image-size)"
+        return f" with images of {self.cost.image_size} pixels{told}"
+
     def render(self) -> str:
         """The same as text."""
         network, statistics, cost = self.network, self.statistics, self.cost
         on = f" on {self.data}" if self.data else ""
-        measured = "not measured: no --data" if self.accuracy is None else f"{self.accuracy:.2%}"
+        measured = "not measured: no --data" if self.accuracy is None else f"{self.accuracy:.2%}{self._of_images()}"
         lines = [
             f"{network.arguments['arch']}{on}, {network.kind}{which_weights(network)}, "
             f"k at tail energy {self.tail_energy:g}",
@@ -142,6 +148,7 @@ def evaluate(network: SavedNetwork, overrides: dict[str, Any]) -> Evaluation:
         _with_masks(network_statistics(model, config.tail_energy), network),
         _cost(network, image_size),
         bad_images,
+        not config.reads_files or "image_size" in {**network.config, **overrides},
     )
 
 

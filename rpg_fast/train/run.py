@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,10 @@ def train(config: TrainConfig, out: Path | None = None) -> RunResult | None:
             folder.write_config(config.to_dict(), facts)
             return folder.path
 
-        result = run.train(RunFolder(team.lead(begin)))
+        folder = RunFolder(team.lead(begin))
+        with ExitStack() as stack:
+            team.lead(lambda: stack.enter_context(folder.held()))
+            result = run.train(folder)
         return result if team.leads else None
 
 
@@ -256,8 +259,10 @@ def resume(path: Path, overrides: dict[str, Any]) -> RunResult | None:
                 f"the images in {run.dataset.name} are not those that the run in {path} began with ({changed}): "
                 "it goes on exactly with the same ones only"
             )
-        team.lead(folder.remove_remains)
-        result = run.train(folder)
+        with ExitStack() as stack:
+            team.lead(lambda: stack.enter_context(folder.held()))
+            team.lead(folder.remove_remains)
+            result = run.train(folder)
         return result if team.leads else None
 
 
