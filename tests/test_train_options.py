@@ -656,7 +656,7 @@ def test_official_masks_are_others(tmp_path: Path, capsys: pytest.CaptureFixture
         assert saved["config"]["semantics"] == semantics
         assert saved["config"]["grow_steps"] == 2
         sparsities[semantics] = saved["metrics"][-1]["sparsity"]
-        capsys.readouterr()
+        assert ("weights are pruned; 90% was asked for\n" in capsys.readouterr().out) == (semantics == "official")
         assert main(["evaluate", str(folder), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(sparsities[semantics])
     assert sparsities["corrected"] == pytest.approx(0.9, abs=1e-3)

@@ -19,7 +19,7 @@ BAD_IMAGES_SHOWN = 5
 class RunResult:
     """What came out. `before` is the network that the sparse training began with, `after` the one that it ended with,
     `pruned` the number of weights that the masks exclude, `bad_images` {file: reason} what was skipped, `unwritten` the
-    files that the disk refused to the end."""
+    files that the disk refused to the end, `missed` the sparsity that was asked for, if the masks have another."""
 
     folder: Path
     dense: tuple[EpochMetrics, ...]
@@ -29,6 +29,7 @@ class RunResult:
     pruned: int
     bad_images: Mapping[str, str] = field(default_factory=dict)
     unwritten: tuple[str, ...] = ()
+    missed: float | None = None
 
     @property
     def best_sparse(self) -> EpochMetrics:
@@ -53,10 +54,12 @@ def summary(result: RunResult) -> str:
     if result.dense:
         best = max(row.test_accuracy for row in result.dense)
         lines.append(f"dense accuracy    {result.dense[-1].test_accuracy:.2%} last, {best:.2%} best")
+    wanted = "" if result.missed is None else f"; {100 * result.missed:g}% was asked for"
     lines += [
         f"sparse accuracy   {result.sparse[-1].test_accuracy:.2%} last, {result.best_sparse.test_accuracy:.2%} best "
         "at the final sparsity",
-        f"sparsity          {result.pruned / after.size:.4%}: {result.pruned:,} of {after.size:,} weights are pruned",
+        f"sparsity          {result.pruned / after.size:.4%}: {result.pruned:,} of {after.size:,} weights are pruned"
+        f"{wanted}",
         f"mean rank k/m     {after.mean_rank_ratio:.3f} (before: {before.mean_rank_ratio:.3f})",
         f"effective rank    {after.effective_rank:.1f} of {after.largest_effective_rank:.1f} possible "
         f"(before: {before.effective_rank:.1f})",

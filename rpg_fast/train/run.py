@@ -32,6 +32,7 @@ from .result import RunResult
 
 TINY_IMAGE = 16  # pixels
 SMALL_IMAGE = 64  # pixels; up to here the 7x7 stem and the max-pooling would throw too much away
+MISSED = 1e-4  # a sparsity off by more is told, as "official" may end with
 
 
 class Run:
@@ -109,6 +110,8 @@ class Run:
         after = network_statistics(self.sparse.evaluated, config.tail_energy)
         assert self.sparse.pruner is not None
         pruned = pruned_count(self.sparse.pruner)
+        reached = pruned / sum(self.sparse.pruner.masks.layout.numels)
+        missed = config.sparsity if abs(reached - config.sparsity) > MISSED else None
         rows = {name: tuple(found) for name, found in self.rows.items()}
         unwritten: tuple[str, ...] = ()
         if self.team.leads:
@@ -117,7 +120,9 @@ class Run:
                 picture.name, lambda: draw_report(picture, config, rows["dense"], rows["sparse"], before, after)
             )
             unwritten = folder.retry()
-        return RunResult(folder.path, rows["dense"], rows["sparse"], before, after, pruned, self.bad_images, unwritten)
+        return RunResult(
+            folder.path, rows["dense"], rows["sparse"], before, after, pruned, self.bad_images, unwritten, missed
+        )
 
     def describe(self, folder: RunFolder) -> str:
         """What is trained on what, where, into which folder: one line."""
