@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import rpg_fast
 from rpg_fast import _info
+from rpg_fast.train.config import TrainConfig
+from rpg_fast.train.run import Run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -246,3 +248,22 @@ def test_svd_lowrank_waits_for_nothing() -> None:
     rpg_fast.svd_lowrank(batch, 32)
     with no_synchronisation():
         rpg_fast.svd_lowrank(batch, 32)
+
+
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+def test_a_step_of_the_training_program_waits_for_nothing(autocast: str | None) -> None:
+    """Data in memory, the rank loss on every step, mixup, an average of the weights, an update among the steps; with
+    fp16 torch's GradScaler waits."""
+    config = TrainConfig(
+        data="synthetic", image_size=32, train_images=1024, test_images=8, arch="resnet20", width=64, epochs=10,
+        batch_size=64, device="cuda", rank_method="power", channels_last=True, update_every=4, mixup=0.2,
+        ema_decay=0.99, autocast=autocast,
+    )  # fmt: skip
+    trainer = Run(config).sparse
+    trainer.model.train()
+    batches = trainer.train_batches.iterate(0)
+    for _ in range(4):
+        trainer.train_step(*next(batches))
+    with no_synchronisation():
+        for _ in range(8):
+            trainer.train_step(*next(batches))
