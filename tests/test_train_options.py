@@ -563,6 +563,7 @@ def test_published_options_that_cannot_be_honoured_say_what_to_use(capsys: pytes
         (["--lr-schedule=step"], "--lr-schedule step: here it is cosine2: the learning rate rises"),
         (["--static-topo=1"], "--static-topo 1: here it is 0: --criterion static --schedule constant keeps"),
         (["--grad-accumulation-n=0"], "--grow-steps must be at least 1, got 0"),
+        (["--threads=100000"], "--threads must be from 1 to 1024, got 100000"),
         (["--memory-format=abc"], "invalid choice: 'abc' (choose from"),
         (["--sp-distribution=magnitude-exponential-warm-0.1"], "magnitude-exponential, whose schedule has no warm-up"),
         (["--dense-allocation=0"], "--sparsity must be at least 0 and below 1, got 1.0"),

@@ -142,7 +142,9 @@ class TrainConfig:
         _require(self.wandb != "", "wandb", "the name of a project", "an empty one")
 
     def _check_numbers(self) -> None:
-        for option in ("image_size", "width", "update_every", "threads", "checkpoint_every"):
+        # OpenMP ends the process where it cannot start so many.
+        _require(self.threads is None or 1 <= self.threads <= 1024, "threads", "from 1 to 1024", self.threads)
+        for option in ("image_size", "width", "update_every", "checkpoint_every"):
             value = getattr(self, option)
             _require(value is None or value >= 1, option, "at least 1", value)
         _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
