@@ -227,13 +227,16 @@ class RankPruner:
         if update or momentum is not None or (moves and window and self._mean.steps > 1):
             grads = self._gradients()
             means = self._mean.observe(grads, opening=ahead == self._mean.steps - 1) if window else grads
-            finite = self._all_finite(grads)
+            finite = None
             if momentum is not None:
+                finite = self._all_finite(grads)
                 momentum.observe(grads, finite, self.optimizer)
             if update:
+                if finite is None or means is not grads:
+                    finite = self._all_finite(means)
                 if self._topology.trains_on_updates:  # by the gradients of what was active up to now
                     mask_gradients_(self.weights.values(), self.masks)
-                self._update_topology(means, finite if means is grads else self._all_finite(means))
+                self._update_topology(means, finite)
         if not isinstance(self.optimizer, (MaskedSGD, MaskedAdamW)):
             mask_gradients_(self.weights.values(), self.masks)
         return not update or self._topology.trains_on_updates

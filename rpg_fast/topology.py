@@ -61,9 +61,7 @@ class Corrected:
         """The bits of the final sparsity."""
         return self._prune(weights, bits, self.counts[-1])
 
-    def update(
-        self, weights: Sequence[Tensor], bits: Tensor, scores: Sequence[Tensor] | None, finite: Tensor
-    ) -> Update:
+    def update(self, weights: Sequence[Tensor], bits: Tensor, scores: Scores, finite: Tensor) -> Update:
         """The update of the next number. `scores` of what grows, None: nothing is dropped or grown."""
         self.number += 1
         row = self.number.clamp(max=self.schedule.updates).reshape(1)
@@ -140,9 +138,7 @@ class Official:
         """As they are: nothing was published for the end."""
         return bits
 
-    def update(
-        self, weights: Sequence[Tensor], bits: Tensor, scores: Sequence[Tensor] | None, finite: Tensor
-    ) -> Update:
+    def update(self, weights: Sequence[Tensor], bits: Tensor, scores: Scores, finite: Tensor) -> Update:
         row = self.number.clamp(max=len(self.fractions) - 1).reshape(1)
         above = self._above_threshold(weights, self.counts.index_select(0, row).squeeze(0))
         zeros = torch.where(self.stationary, self.zeros, self.numels - self.layout.popcount(above))  # [B]
